@@ -1,0 +1,196 @@
+"""The contract between a method and everything else. A method is a folder whose package exposes `METHOD = MethodSpec(...)`.
+
+How a step is computed (training/loop.py), for B rows of the global batch cut into contiguous, possibly uneven slices:
+
+1. `stage.load(part)`      host threads: decode and augment this rank's rows -> Batch of tensors with n rows.
+2. `stage.forward(...)`    rows in, row-wise tensors out (first axis n). Nothing here may look at another row except through
+                           `ctx.reduce` inside synchronised batch norm.
+3. `stage.losses(...)`     sees this rank's outputs and may gather everybody's. Each returned term must be scaled so that the
+                           *mean over ranks* is the global term; gradients are averaged over ranks.
+4. optimizer step, then `stage.after_step(...)` (memories, banks: same update on every rank).
+
+Because forward is row-wise, a step can be cut into micro-batches with exact in-batch losses: outputs are computed without
+gradient, losses and their gradients on the whole batch, then each piece is run again with the gradient of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from reid_dist.config import OptimConfig, Recipe, ScheduleConfig
+from reid_dist.data.store import TableView
+
+Batch = dict[str, Any]  # tensors with n rows first, plus what the method wants to carry along
+Outputs = dict[str, Tensor]  # row-wise tensors [n, ...]
+Terms = dict[str, Tensor]  # scalar loss terms, weighted; the objective is their sum
+
+
+class Context(Protocol):
+    """What a stage may ask of the other ranks. The single-process context answers everything by itself."""
+
+    rank: int
+    world_size: int
+    seed: int
+    epoch: int  # within the stage
+    step: int  # optimizer steps done in the whole run
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """[n, ...] of this rank -> [B, ...] of all ranks in rank order. Differentiable; slices may be uneven or empty."""
+        ...
+
+    def slice(self) -> slice:
+        """Where this rank's rows lie in the gathered batch of the current step."""
+        ...
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """Differentiable sum over ranks of equally shaped tensors."""
+        ...
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's (picklable) value on every rank."""
+        ...
+
+    def extract(self, model: nn.Module, items: np.ndarray, load: Callable[[np.ndarray], Batch],
+                encode: Callable[[nn.Module, Batch], Outputs], batch: int = 128) -> dict[str, Tensor]:  # fmt: skip
+        """One sharded no-grad pass over `items`; every rank gets all outputs (CPU tensors) in the order of `items`."""
+        ...
+
+    def log(self, **values: float) -> None:
+        """Scalars for the step's record, the same on every rank."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlanPart:
+    """This rank's slice of one global batch."""
+
+    items: np.ndarray  # int64 [n] entries of the plan (what an item is, the stage says)
+    positions: np.ndarray  # int64 [n] places in the epoch's plan, the key of every random draw
+    epoch: int
+    seed: int
+
+
+class Plan(Protocol):
+    """(epoch, step) -> the items of the global batch; pure, so its state is three integers (data/samplers.py)."""
+
+    def steps(self, epoch: int) -> int: ...
+
+    def batch(self, epoch: int, step: int) -> tuple[np.ndarray, int]:
+        """(items int64 [B], position of the first one in the epoch's plan)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ParamGroup:
+    """Parameters that share learning rate and decay. Parameters in no group are frozen."""
+
+    names: tuple[str, ...]
+    lr: float
+    weight_decay: float
+
+
+class Stage:
+    """One training stage. Subclasses override what they need; the defaults do nothing."""
+
+    name: str = "train"
+    epochs: int = 1
+    global_batch: int = 64
+
+    def plan(self) -> Plan:
+        raise TypeError(f"stage {self.name} has no plan")
+
+    def load(self, part: PlanPart) -> Batch:
+        """Decode and augment; runs in loader threads, so it must not touch the model or torch's global RNG."""
+        raise TypeError(f"stage {self.name} loads nothing")
+
+    def param_groups(self, model: nn.Module) -> list[ParamGroup]:
+        raise TypeError(f"stage {self.name} has no parameter groups")
+
+    def optim(self) -> OptimConfig:
+        raise TypeError(f"stage {self.name} has no optimizer")
+
+    def schedule(self) -> ScheduleConfig:
+        raise TypeError(f"stage {self.name} has no schedule")
+
+    def begin_stage(self, model: nn.Module, ctx: Context) -> None: ...
+
+    def begin_epoch(self, model: nn.Module, ctx: Context) -> None: ...
+
+    def forward(self, model: nn.Module, batch: Batch, ctx: Context) -> Outputs:
+        raise TypeError(f"stage {self.name} has no forward")
+
+    def losses(self, model: nn.Module, out: Outputs, batch: Batch, ctx: Context) -> Terms:
+        raise TypeError(f"stage {self.name} has no losses")
+
+    def after_step(self, model: nn.Module, out: Outputs, batch: Batch, ctx: Context) -> None: ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors to checkpoint beside weights and optimizer; equal on every rank."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """What a method sees of the data. Views are lists of rows over one or more tables, joined in recipe order."""
+
+    train: TableView
+    val: TableView | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a model's shape may depend on; saved with the run so that evaluation needs no training table."""
+
+    num_classes: int = 0
+    num_cameras: int = 0
+    num_domains: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Where a method comes from."""
+
+    paper: str
+    repository: str
+    commit: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSide:
+    """Query or gallery of a retrieval: which items are encoded, and by what."""
+
+    kind: str  # "image" | "text" | "tracklet"
+    rows: np.ndarray  # int64 [N] rows of the view
+    part: np.ndarray  # int64 [N] caption number (text), otherwise 0
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSpec:
+    """A method, whole."""
+
+    name: str
+    task: str  # "text" | "image" | "video" | "visible-infrared"
+    protocol: str  # default protocol of its evaluation (a name of evaluation/protocols.py)
+    Config: type
+    build: Callable[[Any, ModelFacts], nn.Module]
+    stages: Callable[[Recipe, TrainingData], Sequence[Stage]]
+    eval_batch: Callable[[Any, TableView, EvalSide, np.ndarray], Batch]  # (config, view, side, indices into side) -> batch
+    encode: Callable[[nn.Module, Batch], Outputs]  # embeddings [n, D], not yet normalised; one or several names
+    similarity: Mapping[str, float]  # weights of the named embeddings' cosine similarities
+    reference: Reference
+    facts: Callable[[TrainingData], ModelFacts]
+    import_weights: Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None  # authors' file -> our names
+    figures: Sequence[Callable[..., Any]] = field(default_factory=tuple)  # report sections of its own (reporting/figures.py)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters live."""
+    return next(model.parameters()).device
