@@ -1,0 +1,200 @@
+"""What all layouts share: the file list of a tree, housekeeping rules, count checks, and the contract of a layout.
+
+Datasets specification, section 0. A layout reads keys relative to the dataset's own root, so nothing above the root (a folder
+called x_2024_c3_cam, say) can be mistaken for an id or a camera. Files come sorted bytewise, whatever order the place lists
+them in. Housekeeping files are counted and passed over before anything else is decided; whatever a layout then does not
+claim is an error in strict mode and a warning otherwise.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reid_dist.data.records import DatasetError, ParsedDataset, Record
+from reid_dist.errors import UserError
+from reid_dist.storage.base import Store
+
+log = logging.getLogger(__name__)
+
+IMAGE = r"(?i:\.(?:jpg|jpeg|png|bmp))"  # extensions count whatever their case; paths keep their spelling
+COMPANION = re.compile(r"(?i:readme|licen[cs]e|copying|changelog)[^/]*")  # papers that come with a download, at the root
+_HOUSEKEEPING = re.compile(r"\..*|(?i:thumbs\.db|desktop\.ini)|__MACOSX")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One image to be written in some layout. Ids and cameras are those that the layout's parser returns."""
+
+    split: str
+    pid: int
+    image: bytes  # encoded JPEG
+    camid: int | None = None
+    frame: int = 0  # numbers the images of one (pid, camid)
+    captions: tuple[str, ...] = ()
+
+
+@dataclass
+class Tree:
+    """The files of one dataset, and what has been understood of them."""
+
+    store: Store
+    strict: bool
+    sizes: dict[str, int]  # {relative path: bytes}, sorted bytewise, without housekeeping
+    ignored: tuple[str, ...]
+    unclaimed: set[str] = field(init=False)
+    warnings: list[str] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.unclaimed = set(self.sizes)
+
+    def below(self, folder: str) -> list[str]:
+        """Paths below `folder/`, sorted. Raises DatasetError when there is none."""
+        found = [path for path in self.sizes if path.startswith(f"{folder}/")]
+        if not found:
+            raise DatasetError(f"{self.store.uri}: no files below {folder}/; {self._top()}")
+        return found
+
+    def one_of(self, *paths: str) -> str:
+        """The one of `paths` that exists. Raises DatasetError when none does, or several do."""
+        found = [path for path in paths if path in self.sizes]
+        if len(found) == 1:
+            self.claim(found[0])
+            return found[0]
+        wanted = " or ".join(paths)
+        if found:
+            raise DatasetError(f"{self.store.uri}: both {' and '.join(found)} exist; keep one of {wanted}")
+        raise DatasetError(f"{self.store.uri}: {wanted} not found; {self._top()}")
+
+    def claim(self, path: str) -> None:
+        """The layout knows what this file is."""
+        self.unclaimed.discard(path)
+
+    def pass_over(self, pattern: re.Pattern[str], why: str) -> None:
+        """Claim every file whose whole path matches, unread; noted by number."""
+        found = [path for path in self.unclaimed if pattern.fullmatch(path)]
+        self.unclaimed.difference_update(found)
+        if found:
+            self.notes[why] = f"{len(found)} files passed over"
+
+    def image(self, path: str) -> str:
+        """Claim an image and return its path. Raises DatasetError for an empty file."""
+        if self.sizes[path] == 0:
+            raise DatasetError(f"{self.store.uri}: {path} is empty (0 bytes); fetch this image again")
+        self.claim(path)
+        return path
+
+    def read_json(self, path: str) -> Any:
+        """A JSON file, UTF-8 with or without a byte-order mark. Raises DatasetError."""
+        try:
+            return json.loads(self.store.read(path).decode("utf-8-sig"))
+        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError alike
+            raise DatasetError(f"{self.store.uri}: {path} is not UTF-8 JSON: {error}") from None
+
+    def _top(self) -> str:
+        names = sorted({path.split("/")[0] for path in self.sizes})
+        shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+        return f"the dataset's own folder is wanted, and this one holds {shown or 'nothing'}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """One dataset as its authors publish it."""
+
+    name: str  # what users write: "cuhk-pedes"
+    task: str  # "text" | "image" | "video" | "visible-infrared"
+    tree: str  # picture of the expected files
+    obtain: str  # how a user gets the data; nothing is ever downloaded
+    expected: Mapping[str, Mapping[str, int]]  # {split: {"ids" | "images" | "cameras" | "captions": published number}}
+    read: Callable[..., Iterable[Record]]  # (tree, **options) -> records in the layout's order
+    write: Callable[[Path, Iterable[Sample]], None]  # write samples below a folder in exactly this layout
+
+    def parse(self, store: Store, *, strict: bool = True, **options: Any) -> ParsedDataset:
+        """Read the tree at the store's root, which is the dataset's own folder.
+
+        `strict` refuses files that the layout does not know. Counts that differ from the published ones are warnings: a subset or a
+        synthetic tree is a legitimate dataset. Raises DatasetError naming the file, UserError for an unknown option.
+        """
+        known = list(inspect.signature(self.read).parameters)[1:]
+        if unknown := sorted(set(options) - set(known)):
+            raise UserError(f"layout {self.name} has no option {unknown[0]!r}; it knows {', '.join(known) or 'none'}")
+        tree = open_tree(store, strict)
+        records = tuple(self.read(tree, **options))
+        _refuse_strays(tree, self)
+        parsed = ParsedDataset(name=self.name, records=records, ignored=tree.ignored, notes=tree.notes)
+        warnings = (*tree.warnings, *_shared_ids(records), *_other_counts(parsed.counts(), self.expected))
+        for warning in warnings:
+            log.warning("%s: %s", self.name, warning)
+        return ParsedDataset(name=self.name, records=records, ignored=tree.ignored, warnings=warnings, notes=tree.notes)
+
+
+def open_tree(store: Store, strict: bool = True) -> Tree:
+    """List a store, sorted bytewise, housekeeping set aside. Raises DatasetError when nothing is there."""
+    entries = sorted(store.list(), key=lambda entry: entry.key.encode())
+    ignored = tuple(entry.key for entry in entries if housekeeping(entry.key))
+    sizes = {entry.key: entry.size for entry in entries if not housekeeping(entry.key)}
+    if not sizes:
+        raise DatasetError(f"{store.uri}: no files there; give the folder or bucket prefix that holds the dataset")
+    return Tree(store=store, strict=strict, sizes=sizes, ignored=ignored)
+
+
+def housekeeping(path: str) -> bool:
+    """Whether a path is a desktop's or an archive's own (hidden, Thumbs.db, desktop.ini, __MACOSX, ._*)."""
+    return any(_HOUSEKEEPING.fullmatch(part) for part in path.split("/"))
+
+
+def match_name(tree: Tree, path: str, pattern: re.Pattern[str], example: str) -> re.Match[str]:
+    """Match a path's basename against an anchored pattern. Raises DatasetError naming the file."""
+    name = path.rsplit("/", 1)[-1]
+    found = pattern.fullmatch(name)
+    if found:
+        return found
+    twice = re.search(r"(?i)(\.(?:jpg|jpeg|png|bmp))\1$", name)
+    hint = "the extension stands twice; rename it" if twice else f"expected a name like {example}"
+    raise DatasetError(f"{tree.store.uri}: {path} is no file of this layout: {hint} (or parse with strict off)")
+
+
+def _refuse_strays(tree: Tree, layout: Layout) -> None:
+    tree.pass_over(COMPANION, "companion papers")
+    strays = sorted(tree.unclaimed, key=str.encode)
+    if not strays:
+        return
+    text = f"{strays[0]}" + (f" and {len(strays) - 1} more files" if len(strays) > 1 else "")
+    if tree.strict:
+        raise DatasetError(f"{tree.store.uri}: {text} does not belong to {layout.name}; remove it or parse with strict off")
+    tree.warnings.append(f"passed over: {text}")
+
+
+def _shared_ids(records: Iterable[Record]) -> list[str]:
+    """An id in two of train, val and test is a leak, or two people with one number."""
+    ids: dict[str, set[int]] = {}
+    for record in records:
+        side = record.split if record.split in ("train", "val") else "test"
+        ids.setdefault(side, set()).add(record.pid)
+    sides = sorted(ids)
+    return [
+        f"{len(ids[a] & ids[b])} ids stand in {a} and in {b}, for example {min(ids[a] & ids[b])}"
+        for i, a in enumerate(sides)
+        for b in sides[i + 1 :]
+        if ids[a] & ids[b]
+    ]
+
+
+def _other_counts(found: Mapping[str, Mapping[str, int]], expected: Mapping[str, Mapping[str, int]]) -> list[str]:
+    wrong = []
+    for split, numbers in expected.items():
+        differ = [
+            f"{found.get(split, {}).get(what, 0)} {what} (published: {number})"
+            for what, number in numbers.items()
+            if found.get(split, {}).get(what, 0) != number
+        ]
+        if differ:
+            wrong.append(f"{split} has {', '.join(differ)}")
+    return wrong
