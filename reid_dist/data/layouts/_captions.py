@@ -1,10 +1,10 @@
 """Caption sets share one shape: a JSON list of images with `split`, `id`, an image path and `captions` (datasets
 specification 4).
 
-Records keep the file's order, on which noise indices and image numbers rest. Captions stay verbatim: cleaning is the tokenizer's business. An unknown split
-is refused (the published code sends it to val), as are empty captions, images that are not on disk, and training ids that
-do not run from 0 after the set's shift. Ids are shifted by the set's base in *every* split; the published code shifts
-training ids alone, which names two people alike across splits.
+Records keep the file's order, on which noise indices and image numbers rest. Captions stay verbatim: cleaning is the
+tokenizer's business. An unknown split is refused (the published code sends it to val), as are empty captions, images
+that are not on disk, and training ids that do not run from 0 after the set's shift. Ids are shifted by the set's base
+in *every* split; the published code shifts training ids alone, which names two people alike across splits.
 """
 
 from __future__ import annotations
@@ -60,14 +60,25 @@ class CaptionSet:
 
     def _record(self, tree: Tree, entry: Any, where: str) -> Record:
         if not isinstance(entry, dict):
-            raise DatasetError(f"{where}: expected an object with split, id, {self.image_key}, captions; found {entry!r:.80}")
-        split, pid, image, captions = (self._field(entry, key, where) for key in ("split", "id", self.image_key, "captions"))
+            raise DatasetError(
+                f"{where}: expected an object with split, id, {self.image_key}, captions; found {entry!r:.80}"
+            )
+        split, pid, image, captions = (
+            self._field(entry, key, where) for key in ("split", "id", self.image_key, "captions")
+        )
         if split not in self.splits:
             raise DatasetError(f"{where}: split={split!r}; {self.name} has {', '.join(self.splits)}")
         if type(pid) is not int or pid < self.first_id:
             raise DatasetError(f"{where}: id={pid!r}; ids are whole numbers from {self.first_id} on")
-        if not isinstance(image, str) or not _IMAGE.fullmatch(image) or image.startswith("/") or ".." in image.split("/"):
-            raise DatasetError(f"{where}: {self.image_key}={image!r}; expected an image path below {self.folder or 'the root'}")
+        if (
+            not isinstance(image, str)
+            or not _IMAGE.fullmatch(image)
+            or image.startswith("/")
+            or ".." in image.split("/")
+        ):
+            raise DatasetError(
+                f"{where}: {self.image_key}={image!r}; expected an image path below {self.folder or 'the root'}"
+            )
         if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
             raise DatasetError(f"{where}: captions={captions!r:.80}; expected a list of one or more texts")
         if not all(text.strip() for text in captions):
@@ -75,7 +86,9 @@ class CaptionSet:
         path = self.folder + image
         if path not in tree.sizes:
             raise DatasetError(f"{where}: image {path} is not there; fetch it, or remove the entry")
-        return Record(path=tree.image(path), split=split, pid=pid - self.first_id, domain=self.name, captions=tuple(captions))
+        return Record(
+            path=tree.image(path), split=split, pid=pid - self.first_id, domain=self.name, captions=tuple(captions)
+        )
 
     def _field(self, entry: dict[str, Any], key: str, where: str) -> Any:
         if key not in entry:
@@ -96,7 +109,9 @@ class CaptionSet:
             tree.warnings.append(f"{len(spare)} images without an entry, for example {min(spare)}")
 
     def write(self, folder: Path, samples: Iterable[Sample], place: Any) -> None:
-        """Write `samples` below `folder`; `place(sample)` names an image below the image folder. One entry per sample, in order."""
+        """Write `samples` below `folder`; `place(sample)` names an image below the image folder. One entry per
+        sample, in order.
+        """
         entries = []
         for sample in samples:
             if sample.split not in self.splits:

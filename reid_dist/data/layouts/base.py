@@ -1,9 +1,9 @@
 """What all layouts share: the file list of a tree, housekeeping rules, count checks, and the contract of a layout.
 
-Datasets specification, section 0. A layout reads keys relative to the dataset's own root, so nothing above the root (a folder
-called x_2024_c3_cam, say) can be mistaken for an id or a camera. Files come sorted bytewise, whatever order the place lists
-them in. Housekeeping files are counted and passed over before anything else is decided; whatever a layout then does not
-claim is an error in strict mode and a warning otherwise.
+Datasets specification, section 0. A layout reads keys relative to the dataset's own root, so nothing above the root
+(a folder called x_2024_c3_cam, say) can be mistaken for an id or a camera. Files come sorted bytewise, whatever order
+the place lists them in. Housekeeping files are counted and passed over before anything else is decided; whatever a
+layout then does not claim is an error in strict mode and a warning otherwise.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from reid_dist.storage.base import Store
 log = logging.getLogger(__name__)
 
 IMAGE = r"(?i:\.(?:jpg|jpeg|png|bmp))"  # extensions count whatever their case; paths keep their spelling
-COMPANION = re.compile(r"(?i:readme|licen[cs]e|copying|changelog)[^/]*")  # papers that come with a download, at the root
+COMPANION = re.compile(
+    r"(?i:readme|licen[cs]e|copying|changelog)[^/]*"
+)  # papers that come with a download, at the root
 _HOUSEKEEPING = re.compile(r"\..*|(?i:thumbs\.db|desktop\.ini)|__MACOSX")
 
 
@@ -119,8 +121,9 @@ class Layout:
     def parse(self, store: Store, *, strict: bool = True, **options: Any) -> ParsedDataset:
         """Read the tree at the store's root, which is the dataset's own folder.
 
-        `strict` refuses files that the layout does not know. Counts that differ from the published ones are warnings: a subset or a
-        synthetic tree is a legitimate dataset. Raises DatasetError naming the file, UserError for an unknown option.
+        `strict` refuses files that the layout does not know. Counts that differ from the published ones are warnings:
+        a subset or a synthetic tree is a legitimate dataset. Raises DatasetError naming the file, UserError for an
+        unknown option.
         """
         known = list(inspect.signature(self.read).parameters)[1:]
         if unknown := sorted(set(options) - set(known)):
@@ -168,7 +171,9 @@ def _refuse_strays(tree: Tree, layout: Layout) -> None:
         return
     text = f"{strays[0]}" + (f" and {len(strays) - 1} more files" if len(strays) > 1 else "")
     if tree.strict:
-        raise DatasetError(f"{tree.store.uri}: {text} does not belong to {layout.name}; remove it or parse with strict off")
+        raise DatasetError(
+            f"{tree.store.uri}: {text} does not belong to {layout.name}; remove it or parse with strict off"
+        )
     tree.warnings.append(f"passed over: {text}")
 
 

@@ -1,7 +1,7 @@
 """ICFG-PEDES: one long caption per image, derived from MSMT17, no val split (datasets specification 4).
 
-`imgs/train` and `imgs/test` are MSMT17's folders and not the split: only the JSON's `split` counts. Its two spellings in
-circulation, ICFG-PEDES.json and ICFG_PEDES.json, are the same file.
+`imgs/train` and `imgs/test` are MSMT17's folders and not the split: only the JSON's `split` counts. Its two spellings
+in circulation, ICFG-PEDES.json and ICFG_PEDES.json, are the same file.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Market-1501: image retrieval over six cameras (datasets specification 1.1).
 
-Names are `<id>_c<camera>s<sequence>_<frame>_<box>.jpg`. Id -1 is junk and dropped everywhere; id 0 is a distractor: it stays in
-the gallery, where no query has its number, so it is never a positive. The camera is the digit after `c`; `s` is a time
-segment.
+Names are `<id>_c<camera>s<sequence>_<frame>_<box>.jpg`. Id -1 is junk and dropped everywhere; id 0 is a distractor:
+it stays in the gallery, where no query has its number, so it is never a positive. The camera is the digit after `c`;
+`s` is a time segment.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def read(tree: Tree) -> list[Record]:
     records, junk = [], 0
     for split, folder in _FOLDERS.items():
         for path in tree.below(folder):
-            if tree.strict or _BASENAME.fullmatch(path.rsplit("/", 1)[-1]):
+            if tree.strict or _BASENAME.fullmatch(path.removeprefix(f"{folder}/")):
                 record = _record(tree, path, split, folder)
                 records += [record] if record.pid != JUNK else []
                 junk += record.pid == JUNK
@@ -43,7 +43,9 @@ def _record(tree: Tree, path: str, split: str, folder: str) -> Record:
         raise DatasetError(f"{tree.store.uri}: {path} lies too deep; images lie directly in {folder}/")
     pid = int(found[1])
     if pid == DISTRACTOR and split != "gallery":
-        raise DatasetError(f"{tree.store.uri}: {path} has the distractor id 0000, which belongs in bounding_box_test/ alone")
+        raise DatasetError(
+            f"{tree.store.uri}: {path} has the distractor id 0000, which belongs in bounding_box_test/ alone"
+        )
     return Record(path=tree.image(path), split=split, pid=pid, camid=int(found[2]) - 1, domain=NAME)
 
 

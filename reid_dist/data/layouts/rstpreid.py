@@ -1,4 +1,6 @@
-"""RSTPReid: five images per identity from different cameras, two captions each, from MSMT17 (datasets specification 4)."""
+"""RSTPReid: five images per identity from different cameras, two captions each, from MSMT17 (datasets specification
+4).
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """The figure's geometry: an articulated body as an ordered list of material-tagged outlines.
 
-Datasets specification 8.2. Lengths are in body heights; x to the person's left, y up from the floor, z forward. Yaw turns
-the body about y (0 faces the camera) and the projection is orthographic. Nothing here knows a colour: a visible image, an infrared image
-and the part masks are three *shadings* of the same outlines (shade by material, by emissivity, by part).
+Datasets specification 8.2. Lengths are in body heights; x to the person's left, y up from the floor, z forward. Yaw
+turns the body about y (0 faces the camera) and the projection is orthographic. Nothing here knows a colour: a visible
+image, an infrared image and the part masks are three *shadings* of the same outlines (shade by material, by
+emissivity, by part).
 
-Limbs are tapered capsules; torso, skirts, bags are stacks of elliptic cross-sections; patterns are patches on the torso's
-surface (azimuth, height), so they turn with the body.
+Limbs are tapered capsules; torso, skirts, bags are stacks of elliptic cross-sections; patterns are patches on the
+torso's surface (azimuth, height), so they turn with the body.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ class Sketch:
         x *= self.width
         return x * self.cos + z * self.sin, y, z * self.cos - x * self.sin
 
-    def add(self, outline: np.ndarray, material: str, part: str, depth: float, cues: Sequence[str], shade: float) -> None:
+    def add(
+        self, outline: np.ndarray, material: str, part: str, depth: float, cues: Sequence[str], shade: float
+    ) -> None:
         """Append an outline [n, 2]."""
         self.shapes.append(Shape(outline, material, part, shade, depth, tuple(cues)))
 
@@ -98,7 +101,9 @@ class Sketch:
 
     def patch(self, levels: Sequence[Level], left: float, right: float, material: str, cues: Sequence[str],
               shade: float = 1.0, lift: float = 0.0) -> None:  # fmt: skip
-        """The part of a stack's surface between two azimuths (0 is the chest, pi the back); nothing when it faces away."""
+        """The part of a stack's surface between two azimuths (0 is the chest, pi the back); nothing when it faces
+        away.
+        """
         left, right = self._facing(left, right)
         if right - left < 0.05:
             return

@@ -1,9 +1,9 @@
 """Cameras of the synthetic world: what each does to a scene, fixed per camera (datasets specification 8.2).
 
-A camera casts its light (3 x 3 colour matrix, gamma, vignette), has its own background, blur, noise and JPEG quality, and sees
-people mostly from some sides. `Difficulty.cast` grades all of it with one number: "mild" is the 0.4 of the text trial in
-8.3; at "strong" (1.0) the camera changes raw pixels more than the identity does, so that nearest-pixel matching mostly
-returns the same camera and the same-camera rule of the protocols matters.
+A camera casts its light (3 x 3 colour matrix, gamma, vignette), has its own background, blur, noise and JPEG quality,
+and sees people mostly from some sides. `Difficulty.cast` grades all of it with one number: "mild" is the 0.4 of the
+text trial in 8.3; at "strong" (1.0) the camera changes raw pixels more than the identity does, so that nearest-pixel
+matching mostly returns the same camera and the same-camera rule of the protocols matters.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def _backdrop(rng: np.random.Generator, cast: float, size: tuple[int, int]) -> n
     horizon = int(height * rng.uniform(0.45, 0.75))
     scene = np.empty((height, width, 3), np.float32)
     scene[:horizon], scene[horizon:] = wall, ground
-    blotches = Image.fromarray(rng.uniform(-1, 1, (7, 24)).astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+    blotches = Image.fromarray(rng.uniform(-1, 1, (7, 24)).astype(np.float32)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     scene += 0.12 * np.asarray(blotches)[..., None]
     pitch, tilt = rng.uniform(0.15, 0.6) * size[0], rng.uniform(-1.5, 1.5)
     y, x = np.mgrid[:height, :width]

@@ -6,6 +6,7 @@ image follows from the pixels that are left after the figure has been drawn.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -60,11 +61,30 @@ def _legs(sketch: Sketch, wear: Attributes, phase: float) -> None:
         toe = (side * 0.070, ankle[1] - 0.022, ankle[2] + 0.075)
         shade = 0.82 if sketch.flat(side * 0.058, 0, 0)[2] < -1e-3 else 1.0
         dressed = trousers and long
-        sketch.capsule(knee, ankle, 0.045 if dressed else 0.037, 0.036 if dressed else 0.028,
-                       "lower" if dressed else "skin", "leg", lower if trousers else ("lower_length",), shade, LEGS)  # fmt: skip
+        sketch.capsule(
+            knee,
+            ankle,
+            0.045 if dressed else 0.037,
+            0.036 if dressed else 0.028,
+            "lower" if dressed else "skin",
+            "leg",
+            lower if trousers else ("lower_length",),
+            shade,
+            LEGS,
+        )
         sketch.capsule(hip, knee, 0.068, 0.050 if dressed else 0.056, "lower" if trousers else "skin", "leg",
                        lower if trousers else (), shade, LEGS + 0.01)  # fmt: skip
-        sketch.capsule((ankle[0], ankle[1] - 0.008, ankle[2]), toe, 0.036, 0.027, "shoe", "foot", ("shoe_colour",), shade, LEGS + 0.02)  # fmt: skip
+        sketch.capsule(
+            (ankle[0], ankle[1] - 0.008, ankle[2]),
+            toe,
+            0.036,
+            0.027,
+            "shoe",
+            "foot",
+            ("shoe_colour",),
+            shade,
+            LEGS + 0.02,
+        )
     if trousers:
         sketch.stack(((0.56, 0.108, 0.078), (0.49, 0.124, 0.090)), "lower", "leg", lower, 0.95, LEGS + 0.3)
     else:
@@ -76,7 +96,7 @@ def _between(low: float, high: float, levels: Sequence[Level]) -> list[Level]:
     """Cross-sections of `levels` (top first) between two heights, ends interpolated."""
 
     def at(y: float) -> Level:
-        for above, below in zip(levels, levels[1:], strict=False):
+        for above, below in itertools.pairwise(levels):
             if above[0] >= y >= below[0]:
                 t = (above[0] - y) / (above[0] - below[0])
                 return y, above[1] + t * (below[1] - above[1]), above[2] + t * (below[2] - above[2])
@@ -114,10 +134,14 @@ def _pattern(sketch: Sketch, pattern: str, levels: Sequence[Level]) -> None:
     if pattern == "checked":
         for turn in range(8):
             middle = (turn + 0.5) * math.pi / 4
-            sketch.patch(_between(bottom, 0.81, levels), middle - 0.12, middle + 0.12, "print", ("pattern",), lift=TRUNK + 0.006)  # fmt: skip
+            sketch.patch(
+                _between(bottom, 0.81, levels), middle - 0.12, middle + 0.12, "print", ("pattern",), lift=TRUNK + 0.006
+            )
     if pattern == "printed":
         for middle in (0.0, math.pi):  # chest and back, as on a team shirt
-            sketch.patch(_between(0.63, 0.755, levels), middle - 0.72, middle + 0.72, "print", ("pattern",), lift=TRUNK + 0.025)  # fmt: skip
+            sketch.patch(
+                _between(0.63, 0.755, levels), middle - 0.72, middle + 0.72, "print", ("pattern",), lift=TRUNK + 0.025
+            )
 
 
 def _arms(sketch: Sketch, wear: Attributes, phase: float) -> None:
@@ -184,6 +208,8 @@ def _head(sketch: Sketch, wear: Attributes) -> None:
     elif wear["hat"] == "beanie":
         sketch.stack(((1.03, 0.022, 0.022), (1.005, 0.055, 0.058), (0.96, 0.073, 0.078)), "hat", "head",
                      ("hat", "hat_colour"), 1.0, HEAD + 0.05, (0.0, -0.006))  # fmt: skip
-        sketch.stack(((0.965, 0.076, 0.082), (0.930, 0.076, 0.082)), "hat", "head", ("hat",), 0.75, HEAD + 0.06, (0.0, -0.006))  # fmt: skip
+        sketch.stack(
+            ((0.965, 0.076, 0.082), (0.930, 0.076, 0.082)), "hat", "head", ("hat",), 0.75, HEAD + 0.06, (0.0, -0.006)
+        )
     else:
         sketch.ball((0, 0.965, -0.012), 0.052, 0.034, "hair", "head", ("hat", *hair), 1.0, HEAD + 0.012)

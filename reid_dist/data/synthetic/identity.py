@@ -1,11 +1,12 @@
 """Who walks through the synthetic world: attribute records, drawn in families of confusers.
 
 Datasets specification 8.2. Any two identities differ in at least two attributes, and every identity has two or three
-*confusers* that differ from it in exactly two; identities of other families, and so of other splits, differ in three or
-more. That keeps ranking hard and gives captions a purpose: whoever ignores two attributes cannot tell a family apart.
+*confusers* that differ from it in exactly two; identities of other families, and so of other splits, differ in three
+or more. That keeps ranking hard and gives captions a purpose: whoever ignores two attributes cannot tell a family
+apart.
 
-Families are codes: over three attributes i, j, k with two values each, the words of even weight (000, 110, 101, 011) differ
-pairwise in exactly two places. A family is three of them, or all four.
+Families are codes: over three attributes i, j, k with two values each, the words of even weight (000, 110, 101, 011)
+differ pairwise in exactly two places. A family is three of them, or all four.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ class Identity:
 
 
 def differing(a: Attributes, b: Attributes) -> tuple[str, ...]:
-    """Attributes in which two records differ. The colour of a thing that either lacks is not counted beside the thing."""
+    """Attributes in which two records differ. The colour of a thing that either lacks is not counted beside the
+    thing.
+    """
     return tuple(
         name
         for name in ATTRIBUTES
@@ -77,15 +80,17 @@ def differing(a: Attributes, b: Attributes) -> tuple[str, ...]:
 def draw_families(seed: int, domain: str, sizes: Mapping[str, int]) -> dict[str, list[list[Attributes]]]:
     """Families of attribute records per split, `sizes` people each; earlier splits do not depend on later ones.
 
-    Raises UserError when a split's size is 1, 2 or 5 (families have three or four members), or the attribute space is too
-    small for that many.
+    Raises UserError when a split's size is 1, 2 or 5 (families have three or four members), or the attribute space is
+    too small for that many.
     """
     taken: list[np.ndarray] = []
     result: dict[str, list[list[Attributes]]] = {}
     for split, people in sizes.items():
         fours = people % 3
         if people < 0 or people < 4 * fours:
-            raise UserError(f"synthetic world: {people} {split} identities; families have 3 or 4, so choose 3, 4 or 6 and more")
+            raise UserError(
+                f"synthetic world: {people} {split} identities; families have 3 or 4, so choose 3, 4 or 6 and more"
+            )
         families = []
         for number in range(people // 3 - fours + fours):
             members = 4 if number < fours else 3

@@ -1,7 +1,7 @@
 """From outlines to pixels: one map of shape numbers, then a shading of it.
 
-The map (which outline is in front at each fine pixel) is drawn once; colours, visible attributes and, by the same way, part
-masks or heat are look-ups in it. Edges are smoothed by drawing at `FINE` times the image's size.
+The map (which outline is in front at each fine pixel) is drawn once; colours, visible attributes and, by the same
+way, part masks or heat are look-ups in it. Edges are smoothed by drawing at `FINE` times the image's size.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def draw(person: Identity, view: View, size: tuple[int, int]) -> Drawing:
     return Drawing(tuple(shapes), np.asarray(image))
 
 
-def shade(drawing: Drawing, materials: Mapping[str, np.ndarray], background: np.ndarray, light: float = 1.0) -> np.ndarray:
+def shade(
+    drawing: Drawing, materials: Mapping[str, np.ndarray], background: np.ndarray, light: float = 1.0
+) -> np.ndarray:
     """float32 [H, W, C] in [0, 1]: the figure in `materials` ({material: float [C]}) before `background` [H, W, C]."""
     channels = background.shape[-1]
     table = np.zeros((len(drawing.shapes) + 1, channels + 1), np.float32)
@@ -92,8 +94,11 @@ def _reduce(fine: np.ndarray) -> np.ndarray:
     return total * np.float32(1 / FINE**2)
 
 
-def photograph(person: Identity, view: View, camera: Camera, rng: np.random.Generator) -> tuple[bytes, Drawing]:
-    """One visible-light picture: JPEG bytes and the geometry behind it."""
+def photograph(person: Identity, view: View, camera: Camera, place: np.random.Generator,
+               rng: np.random.Generator) -> tuple[bytes, Drawing]:  # fmt: skip
+    """One visible-light picture: JPEG bytes and the geometry behind it. `place` draws where before the camera, `rng`
+    noise.
+    """
     drawing = draw(person, view, camera.size)
-    scene = shade(drawing, palette.rgb(person), camera.background(rng), view.light)
+    scene = shade(drawing, palette.rgb(person), camera.background(place), view.light)
     return camera.expose(scene, rng), drawing

@@ -1,7 +1,7 @@
 """One random stream per name: what is drawn for an image depends on nothing but its own key.
 
-Datasets specification 8.2: everything comes from (seed, domain, identity, camera, frame), so any image can be rebuilt alone
-and in any order, by any number of workers.
+Datasets specification 8.2: everything comes from (seed, domain, identity, camera, frame), so any image can be rebuilt
+alone and in any order, by any number of workers.
 """
 
 from __future__ import annotations
