@@ -17,16 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from reid_dist.config import OptimConfig, Recipe, ScheduleConfig
-from reid_dist.data.store import TableView
 
-Batch = dict[str, Any]  # tensors with n rows first, plus what the method wants to carry along
+if TYPE_CHECKING:
+    from reid_dist.data.store import TableView
+
+Batch = dict[str, Any]  # every tensor has the n rows first; anything else is carried along. The loader adds row, row_seed
 Outputs = dict[str, Tensor]  # row-wise tensors [n, ...]
 Terms = dict[str, Tensor]  # scalar loss terms, weighted; the objective is their sum
 
@@ -165,7 +167,11 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class EvalSide:
-    """Query or gallery of a retrieval: which items are encoded, and by what."""
+    """Query or gallery of a retrieval: which items are encoded, and by what.
+
+    `encode` names its embeddings by what they are compared with, not by their kind: text->image methods return the same
+    names ("global", ...) for a caption as for an image, so that `similarity` can weigh query-gallery cosines by name.
+    """
 
     kind: str  # "image" | "text" | "tracklet"
     rows: np.ndarray  # int64 [N] rows of the view
@@ -183,11 +189,13 @@ class MethodSpec:
     build: Callable[[Any, ModelFacts], nn.Module]
     stages: Callable[[Recipe, TrainingData], Sequence[Stage]]
     eval_batch: Callable[[Any, TableView, EvalSide, np.ndarray], Batch]  # (config, view, side, indices into side) -> batch
-    encode: Callable[[nn.Module, Batch], Outputs]  # embeddings [n, D], not yet normalised; one or several names
+    encode: Callable[[nn.Module, Batch], Outputs]  # embeddings [n, D], not yet normalised; the same names for either side
     similarity: Mapping[str, float]  # weights of the named embeddings' cosine similarities
     reference: Reference
     facts: Callable[[TrainingData], ModelFacts]
     import_weights: Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None  # authors' file -> our names
+    start: Callable[[nn.Module, Any], None] | None = None  # (model, config): published start weights; fresh runs only
+    check: Callable[[Recipe], None] | None = None  # refuse (UserError) or warn before any job with this recipe starts
     figures: Sequence[Callable[..., Any]] = field(default_factory=tuple)  # report sections of its own (reporting/figures.py)
 
 
