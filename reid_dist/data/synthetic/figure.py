@@ -150,8 +150,10 @@ def _arms(sketch: Sketch, wear: Attributes, phase: float) -> None:
         shoulder, elbow, hand = _arm(side, phase)
         far = sketch.flat(side * 0.15, 0, 0)[2] < -0.05
         shade, lift = (0.75, -0.1) if far else (0.88, 0.04)
-        sketch.capsule(elbow, hand, 0.036 if long else 0.030, 0.032 if long else 0.024, "upper" if long else "skin", "arm",
-                       ("sleeve",), shade if long else 0.95, lift)  # fmt: skip
+        if long:
+            sketch.capsule(elbow, hand, 0.036, 0.032, "upper", "arm", ("sleeve",), shade, lift)
+        else:
+            sketch.capsule(elbow, hand, 0.030, 0.024, "skin", "arm", ("sleeve",), 0.95, lift)
         sketch.ball((hand[0], hand[1] - 0.02, hand[2]), 0.028, 0.032, "skin", "arm", (), 0.95, lift + 0.001)
         sketch.capsule(shoulder, elbow, 0.047, 0.040, "upper", "arm", ("upper_colour",), shade, lift + 0.002)
 
