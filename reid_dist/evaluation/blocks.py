@@ -1,9 +1,9 @@
 """One block of scores [B, G] (greater is better) and the few questions that exact ranking asks of it.
 
-CMC, AP and INP need only the ranks of the true matches, so nothing is sorted by index: hide what takes no part (minus infinity),
-then count, per true match, how many scores are at least as high. `HostBlock` counts by comparing the row with each match (a
-vector instruction per 16 scores, narrowing to the scores that still matter) and sorts a row only when it has many matches;
-`DeviceBlock` does the same on a torch device by sorting row values. Both give equal integers.
+CMC, AP and INP need only the ranks of the true matches, so nothing is sorted by index: hide what takes no part (minus
+infinity), then count, per true match, how many scores are at least as high. `HostBlock` counts by comparing the row
+with each match (a vector instruction per 16 scores, narrowing to the scores that still matter) and sorts a row only
+when it has many matches; `DeviceBlock` does the same on a torch device by sorting row values. Both give equal integers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class HostBlock:
         self.scores[np.ix_(rows, cols)] = -np.inf
 
     def count(self, bounds: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How many scores of row i are >= each of values[bounds[i]:bounds[i+1]] (descending): int64 [n], and bool [n]: one is equal."""
+        """How many scores of row i are >= each of values[bounds[i]:bounds[i+1]] (descending): int64 [n], and bool [n]:
+        one is equal."""
         above = np.zeros(len(values), np.int64)
         tied = np.zeros(len(values), bool)
         flags = np.empty(self.scores.shape[1], bool)
@@ -62,7 +63,8 @@ class HostBlock:
 
 
 def _count_row(row: np.ndarray, values: np.ndarray, above: np.ndarray, tied: np.ndarray, flags: np.ndarray) -> None:
-    """Fill `above` and `tied` for one row, lowest value first, so that the row can shrink to what later values can see."""
+    """Fill `above` and `tied` for one row, lowest value first, so that the row can shrink to what later values can
+    see."""
     lower, repeated = -1, False  # the match before this one; whether any two are equal
     for k in range(len(values) - 1, -1, -1):
         value = values[k]
@@ -115,9 +117,11 @@ class DeviceBlock:
         ragged = np.full((len(sizes), max(int(sizes.max(initial=0)), 1)), np.inf, values.dtype)
         at = (rows, np.arange(len(values)) - bounds[rows])
         ragged[at] = values
-        ordered, wanted = self.scores.sort(dim=1).values, self._index(ragged)
+        ordered, wanted = self.scores.sort(dim=1).values.contiguous(), self._index(ragged)
         width = ordered.shape[1]
-        least, more = (width - torch.searchsorted(ordered, wanted, right=right).cpu().numpy() for right in (False, True))
+        least, more = (
+            width - torch.searchsorted(ordered, wanted, right=right).cpu().numpy() for right in (False, True)
+        )
         return least[at].astype(np.int64), (least > more)[at]
 
     def count_ids(self, starts: np.ndarray, best: np.ndarray) -> np.ndarray:

@@ -1,33 +1,32 @@
 """Nearest gallery items of every query, exact and streamed: for rank lists, search, query expansion and re-ranking.
 
-A block's candidates are those at or above the k-th best of every `STRIDE`-th column (a lower bound of the true k-th best, found
-on a fraction of the row); each becomes one 64-bit key (row, falling score, column), and one value sort of the keys orders all
-rows of the block at once. Equal scores stand in the order of the gallery.
+A block's candidates are those at or above the k-th best of every `STRIDE`-th column (a lower bound of the true k-th
+best, found on a fraction of the row); each becomes one 64-bit key (row, falling score, column), and one value sort of
+the keys orders all rows of the block at once. Equal scores stand in the order of the gallery.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from reid_dist.evaluation.similarity import (
-    TILE,
     EvaluationError,
     Features,
     Metric,
+    block_rows,
+    check_pair,
     combine,
-    full_float32,
+    host,
     num_rows,
-    on_device,
+    score_blocks,
 )
 
 STRIDE = 6
-MAX_ROWS = 512  # 9 bits of a key; a larger block gains nothing and leaves the processor's cache
-COLUMN_BITS = 23
+COLUMN_BITS = 23  # of a key: 9 for the row in a block (MAX_ROWS), 32 for the score, the rest for the column
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,12 @@ def nearest(
 ) -> Neighbours:
     """The k nearest gallery items ([Q, D] against [G, D], or named embeddings as in `rank_features`).
 
-    The score is the weighted cosine, or the inner product ("dot"), or minus half the squared distance plus half the query's
-    squared length ("euclidean"). Raises EvaluationError: k below 1, and as `combine`.
+    The score is the weighted cosine, or the inner product ("dot"), or minus half the squared distance plus half the
+    query's squared length ("euclidean"). Raises EvaluationError: k below 1, and as `combine`.
     """
     if k < 1:
         raise EvaluationError(f"k={k}: at least one neighbour must be asked for")
+    check_pair(query, gallery)
     g = combine(gallery, "gallery", metric=metric, weights=weights)
     rows = block_rows(len(g), memory_mb)
     q = combine(query, "query", metric=metric, weights=weights, multiple=rows)
@@ -62,12 +62,14 @@ def nearest(
 
 
 def nearest_rows(q: Any, g: Any, num_query: int, num_gallery: int, k: int, rows: int, same: bool = False) -> Neighbours:
-    """As `nearest` on matrices of `combine`. With `same`, both sides are one set and every item is its own first neighbour."""
+    """As `nearest` on matrices of `combine`. With `same`, both sides are one set and every item is its own first
+    neighbour."""
     k = min(k, num_gallery)
     index = np.empty((num_query, k), np.int64)
     score = np.empty((num_query, k), np.float32)
     lowest = np.empty(num_query, np.float32)
-    for start, scores in score_blocks(q, g, num_query, num_gallery, rows):
+    for start, block in score_blocks(q, g, num_query, num_gallery, rows):
+        scores = host(block)
         part = slice(start, start + len(scores))
         lowest[part] = scores.min(axis=1)
         if same:
@@ -76,26 +78,6 @@ def nearest_rows(q: Any, g: Any, num_query: int, num_gallery: int, k: int, rows:
         index[part] = _best(scores, k)
         score[part] = np.take_along_axis(scores, index[part], axis=1)
     return Neighbours(index, score, lowest)
-
-
-def score_blocks(q: Any, g: Any, num_query: int, num_gallery: int, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, scores float32 [n, G] in host memory, overwritten by the next block); always the same product's shape."""
-    if q.shape[1] != g.shape[1]:
-        raise EvaluationError(f"query features have {q.shape[1]} dimensions, gallery features {g.shape[1]}")
-    out = None if on_device(g) else np.empty((rows, len(g)), np.float32)
-    for start in range(0, num_query, rows):
-        if on_device(g):
-            with full_float32():
-                scores = torch.matmul(q[start : start + rows].to(g.device), g.T).cpu().numpy()
-        else:
-            scores = np.matmul(q[start : start + rows], g.T, out=out)
-        yield start, scores[: num_query - start, :num_gallery]
-
-
-def block_rows(columns: int, memory_mb: float) -> int:
-    """Rows of float32 scores that fit the budget: a multiple of TILE, TILE at least."""
-    rows = int(memory_mb * 2**20 / (4 * max(columns, 1))) // TILE * TILE
-    return min(max(rows, TILE), MAX_ROWS)
 
 
 def _best(scores: np.ndarray, k: int) -> np.ndarray:

@@ -1,10 +1,10 @@
 """Exact CMC, AP and INP, streamed over query blocks (design section 5; datasets.md 6.1, 6.4, 6.6, 6.8 and 7).
 
-Every peer sorts the indices of all pairs. But the metrics need only the ranks of the true matches: the rank of the k-th best
-match is k plus the negatives whose score is at least as high. So a block of queries is multiplied with the gallery, removed
-items and the matches themselves are hidden, and what is left above each match is counted (blocks.py). No Q x G matrix is kept;
-a tie with a negative counts against the match (pessimistic), so the order of the gallery never matters and constant features
-never beat chance; averages are float64.
+Every peer sorts the indices of all pairs. But the metrics need only the ranks of the true matches: the rank of the k-th
+best match is k plus the negatives whose score is at least as high. So a block of queries is multiplied with the
+gallery, removed items and the matches themselves are hidden, and what is left above each match is counted (blocks.py).
+No Q x G matrix is kept; a tie with a negative counts against the match (pessimistic), so the order of the gallery never
+matters and constant features never beat chance; averages are float64.
 
 The gallery is worked on in the order of its ids, so that a query's true matches stand side by side.
 """
@@ -19,20 +19,30 @@ import numpy as np
 import torch
 
 from reid_dist.evaluation.blocks import DeviceBlock, HostBlock, block_of
-from reid_dist.evaluation.neighbours import block_rows
 from reid_dist.evaluation.similarity import (
     Array,
     EvaluationError,
     Features,
     Metric,
+    block_rows,
+    check_pair,
     combine,
-    full_float32,
     on_device,
+    score_blocks,
 )
 from reid_dist.evaluation.sums import RankingSums, average_records, chance
 
-__all__ = ["EvaluationError", "Labels", "RankingSums", "Scoring", "average_records", "chance", "rank_blocks", "rank_features",
-           "rank_scores"]  # fmt: skip
+__all__ = [
+    "EvaluationError",
+    "Labels",
+    "RankingSums",
+    "Scoring",
+    "average_records",
+    "chance",
+    "rank_blocks",
+    "rank_features",
+    "rank_scores",
+]
 
 JUNK = -1  # pid of junk boxes (datasets.md 6.1): they take no part
 NO_CAMERA = -1
@@ -49,7 +59,9 @@ class Labels:
     def __post_init__(self) -> None:
         for name, values in (("pid", self.pid), ("camid", self.camid)):
             if values is not None and (np.ndim(values) != 1 or np.asarray(values).dtype.kind not in "iu"):
-                raise EvaluationError(f"{name}: expected whole numbers [N], got {np.asarray(values).dtype} {np.shape(values)}")
+                raise EvaluationError(
+                    f"{name}: expected whole numbers [N], got {np.asarray(values).dtype} {np.shape(values)}"
+                )
         if self.camid is not None and len(self.camid) != len(self.pid):
             raise EvaluationError(f"{len(self.pid)} pids but {len(self.camid)} camids")
 
@@ -67,7 +79,7 @@ class Scoring:
     """How a ranked list is judged: what is taken out of it, and what its CMC and AP mean."""
 
     same_camera: bool = False  # drop gallery items with the query's id *and* camera
-    camera_pairs: tuple[tuple[int, int], ...] = ()  # (query camera, gallery camera): drop all items of it, of any id (SYSU)
+    camera_pairs: tuple[tuple[int, int], ...] = ()  # (query camera, gallery camera): drop all of the latter, any id
     unique_ids: bool = False  # CMC over ids, each at its first appearance (SYSU, LLCM)
     gallery_draws: int = 0  # CMC as the mean over this many draws of one gallery image per id (CUHK03 classic)
     draw_seed: int = 0
@@ -94,8 +106,8 @@ def rank_features(
     """Rank the gallery for each query by its features.
 
     Args:
-        query, gallery: [Q, D] and [G, D], or named embeddings whose similarities are added with `weights` (default: their
-            mean). NumPy, or torch on any device: the work is done where the gallery lies.
+        query, gallery: [Q, D] and [G, D], or named embeddings whose similarities are added with `weights` (default:
+            their mean). NumPy, or torch on any device: the work is done where the gallery lies.
         metric: "cosine"; "dot" for inner products of features as they are; "euclidean" for distance as they are.
         first_query: place of the first query in the whole retrieval (of a shard).
         memory_mb: MiB for the block of scores. The digits do not depend on it.
@@ -104,27 +116,16 @@ def rank_features(
     scoring = scoring or Scoring()
     if scoring.roc and metric != "cosine":
         raise EvaluationError(f"roc=True needs the cosine, whose range is known; metric is {metric!r}")
+    check_pair(query, gallery)
+    _same_length("query", query, query_labels)
+    _same_length("gallery", gallery, gallery_labels)
     order = _gallery_order(gallery_labels)
     g = combine(gallery, "gallery", metric=metric, weights=weights, order=order)
     rows = block_rows(len(g), memory_mb)
     q = combine(query, "query", metric=metric, weights=weights, multiple=rows)
-    if q.shape[1] != g.shape[1]:
-        raise EvaluationError(f"query features have {q.shape[1]} dimensions, gallery features {g.shape[1]}")
-    _same_length("query", query, query_labels)
-    _same_length("gallery", gallery, gallery_labels)
-    if on_device(g) != on_device(q):
-        q = torch.as_tensor(q, device=g.device) if on_device(g) else q.cpu().numpy()
-
-    def blocks() -> Iterator[Any]:
-        scores: Any = torch.empty((rows, len(g)), device=g.device) if on_device(g) else np.empty((rows, len(g)), np.float32)
-        multiply = torch.matmul if on_device(g) else np.matmul
-        for start in range(0, len(query_labels.pid), rows):
-            with full_float32():
-                multiply(q[start : start + rows], g.T, out=scores)
-            yield scores[: len(query_labels.pid) - start, : len(order)]
-
+    blocks = (scores for _, scores in score_blocks(q, g, len(query_labels.pid), len(order), rows))
     span = float(sum(weights.values())) if weights else 1.0
-    return _rank(blocks(), query_labels, gallery_labels.take(order), scoring, first_query, span)
+    return _rank(blocks, query_labels, gallery_labels.take(order), scoring, first_query, span)
 
 
 def rank_scores(
@@ -136,7 +137,8 @@ def rank_scores(
     first_query: int = 0,
     memory_mb: float = 64.0,
 ) -> RankingSums:
-    """Rank by a given matrix [Q, G], greater is better (hand a distance over as its negative); its precision is kept."""
+    """Rank by a given matrix [Q, G], greater is better (hand a distance over as its negative); its precision is
+    kept."""
     if tuple(scores.shape) != (len(query_labels.pid), len(gallery_labels.pid)):
         expected = (len(query_labels.pid), len(gallery_labels.pid))
         raise EvaluationError(f"scores of shape {tuple(scores.shape)}, labels for {expected}")
@@ -163,7 +165,9 @@ def rank_blocks(
         for scores in blocks:
             finite = torch.isfinite(scores) if isinstance(scores, torch.Tensor) else np.isfinite(scores)
             if not bool(finite.all()):
-                raise EvaluationError("the scores hold values that are not finite (NaN or infinity): refuse to rank them")
+                raise EvaluationError(
+                    "the scores hold values that are not finite (NaN or infinity): refuse to rank them"
+                )
             if on_device(scores):
                 yield scores[:, torch.as_tensor(order, device=scores.device)]
             else:
@@ -223,7 +227,9 @@ def _rank_block(
     last = np.zeros(size, np.int64)
     last[valid] = rank[bounds[1:][valid] - 1]
     total = np.bincount(pairs.row, weights=precision, minlength=size)
-    genuine, impostor = (_genuine(pairs.score, span), block.histogram(-span, span, ROC_BINS)) if scoring.roc else (None, None)
+    genuine, impostor = (
+        (_genuine(pairs.score, span), block.histogram(-span, span, ROC_BINS)) if scoring.roc else (None, None)
+    )
     sums = RankingSums(
         query=index,
         rank=_cmc_ranks(block, index, query, gallery, scoring, pairs, rank),

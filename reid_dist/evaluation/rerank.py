@@ -1,9 +1,10 @@
 """k-reciprocal re-ranking, sparse and exact (Zhong et al., CVPR 2017; steps and numbering of datasets.md 6.9).
 
-The published code keeps four dense N x N matrices, N = queries + gallery, and computes weights in float16. Each row has only
-some 20 to 150 non-zeros, so everything after the neighbour search is sparse here, in float32 with float64 sums, and the
-distances are computed by blocks and thrown away. It uses the whole test set jointly: label such results "RK", and never mix
-parameters in a table (the five papers' code hard-codes k1=50, k2=15; the literature mostly reports 20 and 6).
+The published code keeps four dense N x N matrices, N = queries + gallery, and computes weights in float16. Each row has
+only some 20 to 150 non-zeros, so everything after the neighbour search is sparse here, in float32 with float64 sums,
+and the distances are computed by blocks and thrown away. It uses the whole test set jointly: label such results "RK",
+and never mix parameters in a table (the five papers' code hard-codes k1=50, k2=15; the literature mostly reports 20 and
+6).
 """
 
 from __future__ import annotations
@@ -14,8 +15,19 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from reid_dist.evaluation.neighbours import block_rows, nearest_rows, score_blocks
-from reid_dist.evaluation.similarity import EvaluationError, Features, Metric, combine, num_rows, on_device, stack
+from reid_dist.evaluation.neighbours import nearest_rows
+from reid_dist.evaluation.similarity import (
+    EvaluationError,
+    Features,
+    Metric,
+    block_rows,
+    combine,
+    host,
+    num_rows,
+    on_device,
+    score_blocks,
+    stack,
+)
 
 PAIRS = 16_384  # pairs whose distance is computed at a time
 
@@ -58,7 +70,7 @@ class KReciprocal:
         body = self._x[:total] if metric == "cosine" else self._x[:total, :-1]
         squares = (body * body).sum(1)
         # d(i, j) = offset_i - 2 score(i, j), in both metrics
-        self._offset = _numpy(squares) * (2.0 if metric == "cosine" else 1.0)
+        self._offset = host(squares) * (2.0 if metric == "cosine" else 1.0)
         found = nearest_rows(self._x, self._y, total, total, max(k1 + 1, k2), self._rows, same=True)
         self._farthest = np.maximum(self._offset - 2.0 * found.lowest, np.finfo(np.float32).tiny)
         weights_NN = self._weights(_members(found.index, k1))
@@ -70,7 +82,8 @@ class KReciprocal:
     def blocks(self) -> Iterator[np.ndarray]:
         """Distances float32 [n, G] of consecutive query blocks (smaller is nearer; negate for `rank_blocks`)."""
         gallery = self._y[self.num_query : self.num_query + self.num_gallery]
-        for start, scores in score_blocks(self._x, gallery, self.num_query, self.num_gallery, self._rows):
+        for start, block in score_blocks(self._x, gallery, self.num_query, self.num_gallery, self._rows):
+            scores = host(block)
             part = slice(start, start + len(scores))
             scores *= -2.0
             scores += self._offset[part, None]
@@ -97,7 +110,8 @@ class KReciprocal:
         return distance
 
     def _weights(self, members: Any) -> Any:
-        """Step 4: exp(-d) over each item's members (d divided by the row's largest), rows summing to 1; CSR float32 [N, N]."""
+        """Step 4: exp(-d) over each item's members (d divided by the row's largest), rows summing to 1; CSR float32 [N,
+        N]."""
         row = np.repeat(np.arange(members.shape[0]), np.diff(members.indptr))
         col = members.indices
         score = np.empty(len(col), np.float32)
@@ -118,7 +132,9 @@ def _members(neighbours: np.ndarray, k1: int) -> Any:
     sizes = np.diff(half.indptr)
     overlap = full.multiply(full @ half).tocoo()  # half is symmetric, so its transpose is not needed
     joined = 3 * overlap.data > 2 * sizes[overlap.col]
-    added = sparse.csr_matrix((overlap.data[joined] * 0 + 1, (overlap.row[joined], overlap.col[joined])), shape=full.shape)
+    added = sparse.csr_matrix(
+        (np.ones(joined.sum(), np.int32), (overlap.row[joined], overlap.col[joined])), shape=full.shape
+    )
     members = (full + added @ half).tocsr()
     members.sort_indices()
     return members
@@ -144,8 +160,3 @@ def _dots(x: Any, y: Any, row: np.ndarray, col: np.ndarray) -> np.ndarray:
         product: np.ndarray = (x[row] * y[col]).sum(1).cpu().numpy()
         return product
     return np.einsum("ij,ij->i", x[row], y[col])
-
-
-def _numpy(x: Any) -> np.ndarray:
-    host: np.ndarray = x.cpu().numpy() if on_device(x) else np.asarray(x)
-    return host

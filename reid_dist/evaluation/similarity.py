@@ -2,12 +2,12 @@
 
 Part of the evaluation package that can be copied alone into another project (NumPy, SciPy, torch and each other only).
 
-Every score here is "greater is better", float32, and is one matrix product: several named embeddings become one matrix by
-scaling each with the root of its weight and putting them side by side, so that sum_k w_k cos_k(q, g) = <q', g'>. Squared
-Euclidean distance becomes a product too, through one more column (-|g|^2 / 2), because |q|^2 moves no rank.
+Every score here is "greater is better", float32, and is one matrix product: several named embeddings become one matrix
+by scaling each with the root of its weight and putting them side by side, so that sum_k w_k cos_k(q, g) = <q', g'>.
+Squared Euclidean distance becomes a product too, through one more column (-|g|^2 / 2), because |q|^2 moves no rank.
 
-Rows are padded with zeros to multiples of `TILE`: BLAS computes a ragged edge with other kernels than the inside, so without
-padding the last bits of a score would depend on where its image stands, and equal features would not tie.
+Rows are padded with zeros to multiples of `TILE`: BLAS computes a ragged edge with other kernels than the inside, so
+without padding the last bits of a score would depend on where its image stands, and equal features would not tie.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 TILE = 64  # rows; a multiple of every BLAS kernel's tile
+MAX_ROWS = 512  # rows of a block of scores: more gain nothing, the block would leave the processor's cache
 CHUNK = 4096  # rows converted at a time, so that a conversion never holds a second copy of a side
 
 Array = Any  # np.ndarray or torch.Tensor [N, D]
@@ -76,15 +77,16 @@ def combine(
 
 
 def distances(query: Array, gallery: Array, kind: Literal["euclidean", "cosine", "arccos"]) -> np.ndarray:
-    """Distance matrix float32 [Q, G]: *squared* Euclidean, negative cosine, or the angle of the clipped cosine (climb.md 8.2).
+    """Distance matrix float32 [Q, G]: *squared* Euclidean, negative cosine, or the angle of the clipped cosine
+    (climb.md 8.2).
 
     For looking at; the scorer never builds it. Raises EvaluationError as `combine`.
     """
     if kind == "euclidean":
-        a, b = (_host(_two_axes(x, side)).astype(np.float64) for x, side in ((query, "query"), (gallery, "gallery")))
+        a, b = (host(_two_axes(x, side)).astype(np.float64) for x, side in ((query, "query"), (gallery, "gallery")))
         squared = (a * a).sum(1)[:, None] + (b * b).sum(1) - 2.0 * (a @ b.T)
         return np.maximum(squared, 0.0).astype(np.float32)
-    q, g = (_host(combine(x, side)) for x, side in ((query, "query"), (gallery, "gallery")))
+    q, g = (host(combine(x, side)) for x, side in ((query, "query"), (gallery, "gallery")))
     cosine = (q @ g.T)[: len(query), : len(gallery)]
     return -cosine if kind == "cosine" else np.arccos(np.clip(cosine, -1 + 1e-5, 1 - 1e-5))
 
@@ -119,21 +121,54 @@ def num_rows(features: Features) -> int:
     return len(next(iter(features.values())) if isinstance(features, Mapping) else features)
 
 
+def check_pair(query: Features, gallery: Features) -> None:
+    """Raises EvaluationError unless both sides hold the same embeddings with the same dimensions."""
+    sides = [x if isinstance(x, Mapping) else {"": x} for x in (query, gallery)]
+    if set(sides[0]) != set(sides[1]):
+        raise EvaluationError(
+            f"query holds embeddings {sorted(sides[0])}, gallery {sorted(sides[1])}: both must be the same"
+        )
+    for name, part in sides[0].items():
+        pair = ((part, "query"), (sides[1][name], "gallery"))
+        widths = [_two_axes(x, f"{side} {name}".strip()).shape[1] for x, side in pair]
+        if widths[0] != widths[1]:
+            raise EvaluationError(
+                f"{name} query features have {widths[0]} dimensions, gallery features {widths[1]}".strip()
+            )
+
+
 def stack(query: Features, gallery: Features) -> Features:
-    """Both sides as one set, queries first. Raises EvaluationError when names or dimensions differ."""
-    if isinstance(query, Mapping) != isinstance(gallery, Mapping) or (
-        isinstance(query, Mapping) and isinstance(gallery, Mapping) and set(query) != set(gallery)
-    ):
-        raise EvaluationError("query and gallery must hold the same named embeddings")
+    """Both sides as one set, queries first. Raises EvaluationError as `check_pair`."""
+    check_pair(query, gallery)
     if isinstance(query, Mapping):
-        return {name: stack(query[name], gallery[name]) for name in query}
+        return {name: stack(part, gallery[name]) for name, part in query.items()}
     q, g = _two_axes(query, "query"), _two_axes(gallery, "gallery")
-    if q.shape[1] != g.shape[1]:
-        raise EvaluationError(f"query features have {q.shape[1]} dimensions, gallery features {g.shape[1]}")
-    return torch.cat([q.to(g.device), g]) if on_device(g) else np.concatenate([q, g])
+    return torch.cat([torch.as_tensor(q, device=g.device), g]) if on_device(g) else np.concatenate([host(q), g])
 
 
-def _host(x: Array) -> np.ndarray:
+def block_rows(columns: int, memory_mb: float) -> int:
+    """Rows of float32 scores that fit the budget: a multiple of TILE, TILE at least, MAX_ROWS at most."""
+    rows = int(memory_mb * 2**20 / (4 * max(columns, 1))) // TILE * TILE
+    return min(max(rows, TILE), MAX_ROWS)
+
+
+def score_blocks(q: Any, g: Any, num_query: int, num_gallery: int, rows: int) -> Iterator[tuple[int, Any]]:
+    """(first row, scores float32 [n, G]) of matrices from `combine`, where the gallery lies; the next block overwrites them.
+
+    Every product has the same shape, so a score does not depend on the shard or the place in which it is computed.
+    """
+    if on_device(g) != on_device(q):
+        q = torch.as_tensor(q, device=g.device) if on_device(g) else host(q)
+    out: Any = torch.empty((rows, len(g)), device=g.device) if on_device(g) else np.empty((rows, len(g)), np.float32)
+    multiply = torch.matmul if on_device(g) else np.matmul
+    for start in range(0, num_query, rows):
+        with full_float32():
+            multiply(q[start : start + rows], g.T, out=out)
+        yield start, out[: num_query - start, :num_gallery]
+
+
+def host(x: Array) -> np.ndarray:
+    """NumPy view or copy of a NumPy array or torch tensor; half precision becomes float32."""
     if not isinstance(x, torch.Tensor):
         return np.asarray(x)
     x = x.detach()
@@ -141,7 +176,7 @@ def _host(x: Array) -> np.ndarray:
 
 
 def _two_axes(x: Array, name: str) -> Any:
-    x = x.detach() if on_device(x) else _host(x)
+    x = x.detach() if on_device(x) else host(x)
     if x.ndim != 2 or 0 in x.shape:
         raise EvaluationError(f"{name} features: shape {tuple(x.shape)}, expected [N, D] with both positive")
     return x
@@ -151,13 +186,13 @@ def _weights(named: Mapping[str, Array], weights: Mapping[str, float] | None) ->
     if not named:
         raise EvaluationError("no embeddings given")
     if weights is None or set(named) == {""}:
-        return dict.fromkeys(named, 1.0 / len(named))
+        return dict.fromkeys(sorted(named), 1.0 / len(named))
     missing = sorted(set(weights) - set(named))
     if missing:
         raise EvaluationError(f"weights name embeddings {missing} that are not there; there are {sorted(named)}")
     if any(not np.isfinite(w) or w < 0 for w in weights.values()) or not sum(weights.values()) > 0:
         raise EvaluationError(f"weights {dict(weights)}: expected none below 0 and one above")
-    return {name: float(w) for name, w in weights.items() if w > 0}
+    return {name: float(weights[name]) for name in sorted(weights) if weights[name] > 0}
 
 
 def _scaled(part: Any, rows: np.ndarray, weight: float, metric: Metric, side: str) -> Any:
@@ -171,10 +206,14 @@ def _scaled(part: Any, rows: np.ndarray, weight: float, metric: Metric, side: st
         norm = np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))
     bad = np.flatnonzero(~np.isfinite(norm))
     if len(bad):
-        raise EvaluationError(f"{side} features: row {rows[bad[0]]} is not finite ({len(bad)} of {len(rows)} looked at)")
+        raise EvaluationError(
+            f"{side} features: row {rows[bad[0]]} is not finite ({len(bad)} of {len(rows)} looked at)"
+        )
     if metric != "cosine":
         return x * root
     if not norm.all():
-        raise EvaluationError(f"{side} features: row {rows[np.flatnonzero(norm == 0)[0]]} is all zeros, it has no direction")
+        raise EvaluationError(
+            f"{side} features: row {rows[np.flatnonzero(norm == 0)[0]]} is all zeros, it has no direction"
+        )
     scale = (root / norm).astype(np.float32)[:, None]
     return x * (torch.as_tensor(scale, device=part.device) if on_device(part) else scale)

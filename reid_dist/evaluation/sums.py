@@ -1,7 +1,7 @@
 """What a query shard hands back, how shards are put together, and the numbers that a page shows.
 
-The "sums" are kept open as per-query terms and added in query order at the end: floating-point addition depends on its order,
-so closed partial sums of 1, 2 and 4 shards would differ in their last digits. A query costs some 60 bytes.
+The "sums" are kept open as per-query terms and added in query order at the end: floating-point addition depends on its
+order, so closed partial sums of 1, 2 and 4 shards would differ in their last digits. A query costs some 60 bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class RankingSums:
     """
 
     query: np.ndarray  # int64 [n] index of the query in the whole retrieval
-    rank: np.ndarray  # int64 [n, T] rank that decides CMC (of the first match; among ids, if so scored), for each of T draws
+    rank: (
+        np.ndarray
+    )  # int64 [n, T] rank that decides CMC (of the first match; among ids, if so scored), for each of T draws
     ap: np.ndarray  # float64 [n]
     inp: np.ndarray  # float64 [n] matches / rank of the last match
     matches: np.ndarray  # int64 [n] true matches left
@@ -36,14 +38,17 @@ class RankingSums:
 
     @staticmethod
     def merge(parts: Sequence[RankingSums]) -> RankingSums:
-        """Shards of one retrieval, in any order. Raises EvaluationError when a query comes twice (padded duplicates)."""
+        """Shards of one retrieval, in any order. Raises EvaluationError when a query comes twice (padded
+        duplicates)."""
         if not parts:
             raise EvaluationError("nothing to merge")
         query = np.concatenate([p.query for p in parts])
         order = np.argsort(query, kind="stable")
         twice = query[order][1:][np.diff(query[order]) == 0]
         if len(twice):
-            raise EvaluationError(f"query {twice[0]} was scored twice: drop a sampler's padded duplicates before scoring")
+            raise EvaluationError(
+                f"query {twice[0]} was scored twice: drop a sampler's padded duplicates before scoring"
+            )
         names = ("rank", "ap", "inp", "matches", "kept", "tied")
         joined = {name: np.concatenate([getattr(p, name) for p in parts])[order] for name in names}
         genuine, impostor = (np.sum([getattr(p, name) for p in parts], axis=0) for name in ("genuine", "impostor"))
@@ -61,7 +66,8 @@ class RankingSums:
         return valid
 
     def cmc(self, max_rank: int = 50) -> np.ndarray:
-        """float64 [max_rank]: share of valid queries matched within the first k (past the gallery's end: its last value)."""
+        """float64 [max_rank]: share of valid queries matched within the first k (past the gallery's end: its last
+        value)."""
         rank = self.rank[self.valid]
         hits = np.bincount(np.minimum(rank, max_rank + 1).ravel(), minlength=max_rank + 2)[1:-1]
         curve: np.ndarray = np.cumsum(hits) / rank.size
@@ -84,7 +90,8 @@ class RankingSums:
         }
 
     def roc(self) -> tuple[np.ndarray, np.ndarray]:
-        """(false accept rate, true accept rate), float64 [bins] each, over all kept pairs, from strict to lax thresholds."""
+        """(false accept rate, true accept rate), float64 [bins] each, over all kept pairs, from strict to lax
+        thresholds."""
         if not len(self.genuine):
             raise EvaluationError("no score histograms were collected: score with roc=True")
         curves = [np.cumsum(h[::-1]) / max(int(h.sum()), 1) for h in (self.impostor, self.genuine)]
@@ -104,7 +111,8 @@ def chance(matches: np.ndarray, kept: np.ndarray) -> tuple[float, float]:
 
 
 def average_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean over trials, plus `num_trials` and the standard deviations `rank1_std` and `mAP_std` over trials (population).
+    """Mean over trials, plus `num_trials` and the standard deviations `rank1_std` and `mAP_std` over trials
+    (population).
 
     Counts that differ between trials are averaged too, and then no longer whole numbers.
     """
@@ -116,4 +124,9 @@ def average_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for key in keys:
         if key.startswith("num_") and mean[key].is_integer():
             mean[key] = int(mean[key])
-    return {**mean, "num_trials": len(records), "rank1_std": float(table["rank1"].std()), "mAP_std": float(table["mAP"].std())}
+    return {
+        **mean,
+        "num_trials": len(records),
+        "rank1_std": float(table["rank1"].std()),
+        "mAP_std": float(table["mAP"].std()),
+    }
