@@ -71,7 +71,8 @@ def lance_uri(uri: str) -> str:
 
 
 def lance_options(uri: str) -> dict[str, str]:
-    """Lance's storage_options for `uri` with the credentials as they stand now: ask again for every use, never store or send them.
+    """Lance's storage_options for `uri` with the credentials as they stand now: ask again for every use, never store or
+    send them.
 
     A CA bundle reaches Lance (Rust) as SSL_CERT_FILE in the environment of the process.
     """
@@ -104,11 +105,11 @@ def ray_storage(uri: str) -> tuple[str, Any]:
     """
     if not is_remote(uri):
         return _local_path(uri), None
-    from reid_dist.storage.s3 import parse_s3
-    from reid_dist.storage.s3_connection import endpoint
-
     import pyarrow.fs
     import s3fs
+
+    from reid_dist.storage.s3 import parse_s3
+    from reid_dist.storage.s3_connection import endpoint
 
     bucket, prefix = parse_s3(uri)
     filesystem = s3fs.S3FileSystem(endpoint_url=endpoint() or None, use_listings_cache=False, skip_instance_cache=True)
@@ -116,7 +117,7 @@ def ray_storage(uri: str) -> tuple[str, Any]:
 
 
 def cached_file(uri: str) -> str:
-    """A local path with the content of `uri`: the file itself, or the node cache's copy of an object. Raises UserError."""
+    """A local path with the content of `uri`: the file itself, or the node's copy of an object. Raises UserError."""
     from reid_dist.storage.cache import NodeCache
 
     return NodeCache().file(uri)

@@ -11,6 +11,7 @@ from typing import Protocol
 from reid_dist.errors import RunError, UserError
 
 TEMPORARY = ".tmp-"  # names that begin so are never listed; `sweep` removes the old ones
+Names = list[str]  # (a store's method is called list)
 MANY = 8  # parallel transfers of one process and place
 
 
@@ -46,7 +47,9 @@ class Store(Protocol):
         ...
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
-        """Publish atomically: readers see the old object or the new one, never a part. Raises AlreadyExists, StorageError."""
+        """Publish atomically: readers see the old object or the new one, never a part. Raises AlreadyExists,
+        StorageError.
+        """
         ...
 
     def upload(self, key: str, path: str) -> None:
@@ -58,7 +61,9 @@ class Store(Protocol):
         ...
 
     def list(self, prefix: str = "") -> list[Entry]:
-        """All objects whose key starts with `prefix`, recursively, sorted bytewise by key. Hidden temporaries are left out."""
+        """All objects whose key starts with `prefix`, recursively, sorted bytewise by key. Hidden temporaries are left
+        out.
+        """
         ...
 
     def stat(self, key: str) -> Entry:
@@ -79,13 +84,15 @@ class Store(Protocol):
         """The store of a folder below this one."""
         ...
 
-    def sweep(self, older_than_s: float, *, plan: bool = False) -> list[str]:
+    def sweep(self, older_than_s: float, *, plan: bool = False) -> Names:
         """Remove (with `plan`: only name) temporaries and unfinished uploads that killed processes left behind."""
         ...
 
 
 def check_key(key: str) -> str:
-    """`key`, or UserError when it could leave its store or cannot be a key (traversal, absolute, empty parts, control signs)."""
+    """`key`, or UserError when it could leave its store or cannot be a key (traversal, absolute, empty parts, control
+    signs).
+    """
     parts = key.split("/")
     bad = not key or any(part in ("", ".", "..") for part in parts) or "\\" in key or len(os.fsencode(key)) > 900
     if bad or any(ord(char) < 32 or ord(char) == 127 for char in key):
@@ -96,7 +103,9 @@ def check_key(key: str) -> str:
 
 
 def check_name(name: str, what: str = "name") -> str:
-    """`name`, or UserError unless it is one plain folder name: letters, digits, '.', '_', '-', '+', '='; no leading dot."""
+    """`name`, or UserError unless it is one plain folder name: letters, digits, '.', '_', '-', '+', '='; no leading
+    dot.
+    """
     plain = name.replace("_", "").replace("-", "").replace(".", "").replace("+", "").replace("=", "")
     if not name or len(name) > 200 or name.startswith(".") or not (plain.isascii() and plain.isalnum()):
         raise UserError(

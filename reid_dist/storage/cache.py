@@ -1,12 +1,12 @@
 """The node's cache of remote files and folders: downloaded once per node, verified, evicted by size.
 
-An entry's name is a digest of the URI and of what the place says about the content (sizes, ETags), so changed content is
-another entry. `entry.json` records size, SHA-256 and modification time of every file; it is written last, so its presence says
-that the entry is whole. A hit compares size and time; where the time differs the bytes are hashed again, and an entry that
-does not verify is fetched anew.
+An entry's name is a digest of the URI and of what the place says about the content (sizes, ETags), so changed content
+is another entry. `entry.json` records size, SHA-256 and modification time of every file; it is written last, so its
+presence says that the entry is whole. A hit compares size and time; where the time differs the bytes are hashed again,
+and an entry that does not verify is fetched anew.
 
-A process holds a shared lock (flock, released by the kernel even after kill -9) on every entry it uses until it ends, so
-eviction never takes a file away from a running job.
+A process holds a shared lock (flock, released by the kernel even after kill -9) on every entry it uses until it ends,
+so eviction never takes a file away from a running job.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ class NodeCache:
     def _make_room(self, size: int, uri: str) -> None:
         if size > self.max_bytes:
             raise UserError(
-                f"{uri} has {size / 1e9:.2f} GB, the node cache {self.folder} holds {self.max_bytes / 1e9:.2f} GB: raise data.cache_gb"
+                f"{uri} has {size / 1e9:.2f} GB, the node cache {self.folder} holds {self.max_bytes / 1e9:.2f} GB: "
+                "raise data.cache_gb"
             )
         self.evict(self.max_bytes - size)
         free = shutil.disk_usage(self.folder).free
@@ -145,7 +146,8 @@ class NodeCache:
             )
 
     def evict(self, keep_bytes: int | None = None, *, until_free: int = 0, plan: bool = False) -> list[str]:
-        """Remove least recently used entries until `keep_bytes` (default: the cache's size) remain, and what was left half-fetched.
+        """Remove least recently used entries until `keep_bytes` (default: the cache's size) remain, and what was left
+        half-fetched.
 
         Entries that a running process uses stay. With `until_free`, stop as soon as the disk has that many bytes free.
         Returns the URIs removed (with `plan`: those that would be).
@@ -164,7 +166,9 @@ class NodeCache:
         return removed
 
     def entries(self) -> list[dict[str, Any]]:
-        """[{"name", "uri", "size" (bytes), "used" (seconds since the epoch; 0: half-fetched)}], least recently used first."""
+        """[{"name", "uri", "size" (bytes), "used" (seconds since the epoch; 0: half-fetched)}], least recently used
+        first.
+        """
         found = []
         for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
             if not folder.is_dir():

@@ -1,4 +1,6 @@
-"""A folder as a store. Atomic by temporary file, fsync and rename; conditional by hard link, which also NFS does atomically."""
+"""A folder as a store. Atomic by temporary file, fsync and rename; conditional by hard link, which also NFS does
+atomically.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from reid_dist.storage.base import TEMPORARY, AlreadyExists, Entry, StorageError, check_key, is_temporary
+from reid_dist.storage.base import TEMPORARY, AlreadyExists, Entry, Names, StorageError, check_key, is_temporary
 
 _CAUSES = {
     errno.ENOSPC: "the disk is full",
@@ -133,7 +135,7 @@ class LocalStore:
     def sub(self, folder: str) -> LocalStore:
         return LocalStore(self._path(folder.rstrip("/")))
 
-    def sweep(self, older_than_s: float, *, plan: bool = False) -> list[str]:
+    def sweep(self, older_than_s: float, *, plan: bool = False) -> Names:
         limit = time.time() - older_than_s
         old = [path for path in _files(self.root) if is_temporary(path.name) and path.stat().st_mtime < limit]
         for path in old if not plan else []:

@@ -52,7 +52,8 @@ def publish_folder(
 ) -> Manifest:
     """Publish the files of a local folder as `<store>/<prefix>`. `guard` is asked last before the commit and may raise.
 
-    Raises StorageError; then nothing is published, and what was uploaded is removed (or, unreachable, left to `jobs.runs gc`).
+    Raises StorageError; then nothing is published, and what was uploaded is removed (or, unreachable, left to
+    `jobs.runs gc`).
     """
     paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in paths]
@@ -95,7 +96,7 @@ def _marker(store: Store, prefix: str) -> dict[str, str] | None:
 
 
 def read_manifest(store: Store, prefix: str) -> Manifest:
-    """The manifest of a committed folder. Raises CorruptionError when it is not committed or does not fit its marker."""
+    """The manifest of a committed folder. Raises CorruptionError when it is not committed or damaged."""
     marker = _marker(store, prefix)
     if marker is None:
         raise CorruptionError(f"{store.uri}/{prefix} was never committed")
@@ -138,7 +139,9 @@ def verify(store: Store, prefix: str) -> Manifest:
 
 
 def committed(store: Store, parent: str) -> list[str]:
-    """Keys of the committed folders directly below `parent`, newest first. Their names must sort by age (step-00000120)."""
+    """Keys of the committed folders directly below `parent`, newest first. Their names must sort by age
+    (step-00000120).
+    """
     names = {
         entry.key.rpartition("/")[0]
         for entry in store.list(f"{check_key(parent)}/")
@@ -148,7 +151,9 @@ def committed(store: Store, parent: str) -> list[str]:
 
 
 def orphans(store: Store, parent: str, older_than: float) -> list[str]:
-    """Keys of folders below `parent` that no marker names and whose newest object is older than `older_than` (epoch seconds)."""
+    """Keys of folders below `parent` that no marker names and whose newest object is older than `older_than` (epoch
+    seconds).
+    """
     newest: dict[str, float] = {}
     depth = check_key(parent).count("/") + 2
     for entry in store.list(f"{parent}/"):

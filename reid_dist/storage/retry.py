@@ -1,4 +1,4 @@
-"""Bounded retries: exponential backoff with full jitter, a number of tries and a total deadline, whichever ends first."""
+"""Bounded retries: exponential backoff with full jitter, until the tries or the total time are used up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How long a request is tried. The defaults outlast a short outage and end an unreachable bucket within two minutes."""
+    """How long a request is tried. The defaults outlast a short outage and end an unreachable bucket within two
+    minutes.
+    """
 
     tries: int = 8
     base_s: float = 0.2  # first wait at most; doubles
@@ -28,9 +30,11 @@ class RetryPolicy:
 
 
 def retry(call: Callable[[], T], what: str, policy: RetryPolicy, worth: Callable[[Exception], str | None]) -> T:
-    """`call()` until it returns. `worth(error)` gives the readable cause of an error worth another try, None for any other.
+    """`call()` until it returns. `worth(error)` gives the readable cause of an error worth another try, None for any
+    other.
 
-    Errors not worth it are raised as they are; when tries or deadline are used up, StorageError with `what` and the last cause.
+    Errors not worth it are raised as they are; when tries or deadline are used up, StorageError with `what` and the
+    last cause.
     """
     started = time.monotonic()
     for number in range(1, policy.tries + 1):

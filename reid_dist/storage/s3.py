@@ -1,28 +1,31 @@
 """A bucket prefix as a store, through boto3.
 
-Credentials, region, endpoint and CA bundle come from the standard AWS variables and files (AWS_PROFILE, AWS_ENDPOINT_URL,
-AWS_CA_BUNDLE, roles of the machine or the pod); nothing of them is taken from a URI or written anywhere. The default session
-refreshes expiring role credentials; when a token is found expired all the same, the session is built anew and the call repeated.
+Credentials, region, endpoint and CA bundle come from the standard AWS variables and files (AWS_PROFILE,
+AWS_ENDPOINT_URL, AWS_CA_BUNDLE, roles of the machine or the pod); nothing of them is taken from a URI or written
+anywhere. The default session refreshes expiring role credentials; when a token is found expired all the same, the
+session is built anew and the call repeated.
 
 Every object we write carries its SHA-256 as metadata, sends Content-MD5 (which every S3 server checks), and is verified
 when read. Retries are ours (storage/retry.py), so that tries and total time are bounded; botocore's are switched off.
 
-Google storage works through its S3 interface: AWS_ENDPOINT_URL=https://storage.googleapis.com, AWS_REGION=auto and an HMAC
-key as AWS_ACCESS_KEY_ID / AWS_SECRET_ACCESS_KEY. Its conditional writes are spelled `x-goog-if-generation-match: 0`; which of
-the two spellings a server honours is probed before the first conditional write (storage/s3_connection.py), and a server that
-honours none is refused for runs, because two attempts could not be told apart there. (Not tried here against Google itself.)
+Google storage works through its S3 interface: AWS_ENDPOINT_URL=https://storage.googleapis.com, AWS_REGION=auto and an
+HMAC key as AWS_ACCESS_KEY_ID / AWS_SECRET_ACCESS_KEY. Its conditional writes are spelled `x-goog-if-generation-match:
+0`; which of the two spellings a server honours is probed before the first conditional write (storage/s3_connection.py),
+and a server that honours none is refused for runs, because two attempts could not be told apart there. (Not tried here
+against Google itself.)
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import logging
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +37,7 @@ from reid_dist.storage.base import (
     AlreadyExists,
     CorruptionError,
     Entry,
+    Names,
     StorageError,
     check_key,
     file_sha256,
@@ -120,7 +124,7 @@ class S3Store:
 
                 os.pwrite(stream.fileno(), self._call(name, get), start)
 
-            self._in_parallel(part, list(range(0, size, PART)), size, name)
+            self._in_parallel(part, range(0, size, PART), size, name)
 
     # --- writing
 
@@ -182,7 +186,7 @@ class S3Store:
                     facts = {**place, "UploadId": upload, "PartNumber": number, "ContentMD5": _md5(data)}
                     parts[number] = self._call(name, lambda client: client.upload_part(**facts, Body=data)["ETag"])
 
-                self._in_parallel(part, list(range(0, size, length)), size, name)
+                self._in_parallel(part, range(0, size, length), size, name)
             listed = [{"PartNumber": number, "ETag": parts[number]} for number in sorted(parts)]
             self._complete(name, upload, listed, digest)
         except BaseException:
@@ -190,7 +194,7 @@ class S3Store:
                 self._call(name, lambda client: client.abort_multipart_upload(**place, UploadId=upload))
             raise
 
-    def _complete(self, name: str, upload: str, parts: list[dict[str, Any]], digest: str) -> None:
+    def _complete(self, name: str, upload: str, parts: Sequence[dict[str, Any]], digest: str) -> None:
         place = {"Bucket": self.bucket, "Key": name}
         try:
             self._call(
@@ -204,7 +208,7 @@ class S3Store:
             if head.get("Metadata", {}).get("sha256") != digest:
                 raise StorageError(f"s3://{self.bucket}/{name}: the upload vanished before it was complete") from None
 
-    def _in_parallel(self, part: Callable[[int], None], starts: list[int], size: int, name: str) -> None:
+    def _in_parallel(self, part: Callable[[int], None], starts: range, size: int, name: str) -> None:
         """All parts on MANY threads, within the object's time: the policy's deadline and SLOWEST for the bytes."""
         limit = time.monotonic() + self.policy.deadline_s + size / SLOWEST
         if len(starts) == 1:
@@ -224,15 +228,13 @@ class S3Store:
     def list(self, prefix: str = "") -> list[Entry]:
         return sorted(self._listed(prefix, hidden=False), key=lambda entry: entry.key.encode())
 
-    def _listed(self, prefix: str, hidden: bool) -> list[Entry]:
+    def _listed(self, prefix: str, hidden: bool) -> Sequence[Entry]:
         top = f"{self.prefix}/" if self.prefix else ""
-        found: list[Entry] = []
+        found = []
         more: dict[str, str] = {}
         while True:
-            page = self._call(
-                f"{top}{prefix}",
-                lambda client, more=more: client.list_objects_v2(Bucket=self.bucket, Prefix=top + prefix, **more),
-            )
+            ask = functools.partial(self._page, top + prefix, more)
+            page = self._call(f"{top}{prefix}", ask)
             for item in page.get("Contents", ()):
                 key = item["Key"].removeprefix(top)
                 if key and not key.endswith("/") and is_temporary(key) == hidden:
@@ -240,6 +242,10 @@ class S3Store:
             if not page.get("IsTruncated"):
                 return found
             more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _page(self, prefix: str, more: dict[str, str], client: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, **more)
+        return answer
 
     def stat(self, key: str) -> Entry:
         name = self._key(key)
@@ -269,7 +275,7 @@ class S3Store:
     def sub(self, folder: str) -> S3Store:
         return S3Store(self.bucket, self._key(folder.rstrip("/")), self.policy)
 
-    def sweep(self, older_than_s: float, *, plan: bool = False) -> list[str]:
+    def sweep(self, older_than_s: float, *, plan: bool = False) -> Names:
         limit = time.time() - older_than_s
         old = [entry.key for entry in self._listed("", hidden=True) if entry.modified < limit]
         top = f"{self.prefix}/" if self.prefix else ""
@@ -280,11 +286,11 @@ class S3Store:
                 self.delete(key)
             for item in uploads:
                 place = {"Bucket": self.bucket, "Key": item["Key"], "UploadId": item["UploadId"]}
-                self._call(item["Key"], lambda client, place=place: client.abort_multipart_upload(**place))
+                self._call(item["Key"], lambda client: client.abort_multipart_upload(**place))  # noqa: B023 - called at once
         return old + [f"{item['Key'].removeprefix(top)} (unfinished upload)" for item in uploads]
 
     @contextlib.contextmanager
-    def _missing(self, name: str) -> Any:
+    def _missing(self, name: str) -> Iterator[None]:
         try:
             yield
         except Missing:
@@ -296,7 +302,9 @@ def _md5(data: bytes) -> str:
 
 
 def parse_s3(uri: str) -> tuple[str, str]:
-    """(bucket, prefix) of an s3:// URI. Raises UserError for user info, queries and impossible buckets; never repeats them."""
+    """(bucket, prefix) of an s3:// URI. Raises UserError for user info, queries and impossible buckets; never repeats
+    them.
+    """
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     if "@" in bucket or ":" in bucket or "?" in uri:
         raise UserError("an s3:// URI is s3://bucket/prefix: credentials and options belong into the AWS_* variables")

@@ -1,4 +1,6 @@
-"""The boto3 client of a process: made once, renewed when its credentials expired, its errors sorted into worth another try or not."""
+"""The boto3 client of a process: made once, renewed when its credentials expired, its errors sorted into worth another
+try or not.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,11 @@ T = TypeVar("T")
 CONDITIONS = (("If-None-Match", "*"), ("x-goog-if-generation-match", "0"))
 
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
-_AGAIN = {"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded", "RequestTimeout"} | {
-    "BadDigest", "InternalError", "ServiceUnavailable", "OperationAborted", "ConditionalRequestConflict", "IncompleteBody"
-}  # fmt: skip
+_AGAIN = {
+    *("SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded", "RequestTimeout"),
+    *("BadDigest", "InternalError", "ServiceUnavailable", "OperationAborted", "ConditionalRequestConflict"),
+    "IncompleteBody",
+}
 _REMEDIES = {
     "NoSuchBucket": "the bucket does not exist",
     "AccessDenied": "access denied: this identity may not do that here",
@@ -37,11 +41,11 @@ _REMEDIES = {
 }
 
 
-class Missing(Exception):  # noqa: N818 - an answer of the server, not a failure
+class Missing(Exception):
     """The server has no such key (or upload)."""
 
 
-class Taken(Exception):  # noqa: N818 - an answer of the server, not a failure
+class Taken(Exception):
     """A conditional write found the key taken."""
 
 
@@ -122,7 +126,9 @@ class Connection:
             self._headers.value = None
 
     def conditional(self, bucket: str, prefix: str) -> tuple[str, str]:
-        """The header by which this server refuses to overwrite, found out by trying. Raises StorageError when there is none."""
+        """The header by which this server refuses to overwrite, found out by trying. Raises StorageError when there is
+        none.
+        """
         if bucket not in self._conditions:
             for header in CONDITIONS:
                 if self._honours(bucket, prefix, header):
@@ -130,8 +136,8 @@ class Connection:
                     break
             else:
                 raise StorageError(
-                    f"s3://{bucket}: this server overwrites on conditional writes, so two attempts of a run could not be "
-                    "told apart; keep runs on a server that has them (AWS, MinIO, R2, Ceph, Google) or on a shared folder"
+                    f"s3://{bucket}: this server overwrites on conditional writes, so two attempts of a run could not "
+                    "be told apart; keep runs on a server that has them (AWS, MinIO, R2, Ceph, Google) or in a folder"
                 )
         return self._conditions[bucket]
 
@@ -155,7 +161,7 @@ class Connection:
         return False
 
 
-class _Again(Exception):  # noqa: N818 - inside this file only
+class _Again(Exception):
     """Another try may help."""
 
 

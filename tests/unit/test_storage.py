@@ -308,7 +308,9 @@ def test_server_without_conditions_is_refused(s3: S3Server, quick: s3_module.S3S
 
 
 def test_server_with_googles_condition(s3: S3Server, quick: s3_module.S3Store) -> None:  # noqa: F811
-    """A server that knows only x-goog-if-generation-match is recognised and used (imitated here by translating the header)."""
+    """A server that knows only x-goog-if-generation-match is recognised and used (imitated here by translating the
+    header).
+    """
 
     def google(environ: dict) -> None:
         environ.pop("HTTP_IF_NONE_MATCH", None)
