@@ -7,3 +7,11 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """Something went wrong that no change of input mends (a dead worker, an unreachable bucket). Exit code 1."""
+
+    retryable = True  # whether starting again from the last checkpoint may help
+
+
+class Diverged(RunError):
+    """A loss that is not a number: the same steps would give it again."""
+
+    retryable = False

@@ -28,7 +28,9 @@ from reid_dist.config import OptimConfig, Recipe, ScheduleConfig
 if TYPE_CHECKING:
     from reid_dist.data.store import TableView
 
-Batch = dict[str, Any]  # every tensor has the n rows first; anything else is carried along. The loader adds row, row_seed
+Batch = dict[
+    str, Any
+]  # every tensor has the n rows first; anything else is carried along. The loader adds row, row_seed
 Outputs = dict[str, Tensor]  # row-wise tensors [n, ...]
 Terms = dict[str, Tensor]  # scalar loss terms, weighted; the objective is their sum
 
@@ -188,15 +190,23 @@ class MethodSpec:
     Config: type
     build: Callable[[Any, ModelFacts], nn.Module]
     stages: Callable[[Recipe, TrainingData], Sequence[Stage]]
-    eval_batch: Callable[[Any, TableView, EvalSide, np.ndarray], Batch]  # (config, view, side, indices into side) -> batch
-    encode: Callable[[nn.Module, Batch], Outputs]  # embeddings [n, D], not yet normalised; the same names for either side
+    eval_batch: Callable[
+        [Any, TableView, EvalSide, np.ndarray], Batch
+    ]  # (config, view, side, indices into side) -> batch
+    encode: Callable[
+        [nn.Module, Batch], Outputs
+    ]  # embeddings [n, D], not yet normalised; the same names for either side
     similarity: Mapping[str, float]  # weights of the named embeddings' cosine similarities
     reference: Reference
     facts: Callable[[TrainingData], ModelFacts]
-    import_weights: Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None  # authors' file -> our names
+    import_weights: Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = (
+        None  # authors' file -> our names
+    )
     start: Callable[[nn.Module, Any], None] | None = None  # (model, config): published start weights; fresh runs only
     check: Callable[[Recipe], None] | None = None  # refuse (UserError) or warn before any job with this recipe starts
-    figures: Sequence[Callable[..., Any]] = field(default_factory=tuple)  # report sections of its own (reporting/figures.py)
+    figures: Sequence[Callable[..., Any]] = field(
+        default_factory=tuple
+    )  # report sections of its own (reporting/figures.py)
 
 
 def device_of(model: nn.Module) -> torch.device:

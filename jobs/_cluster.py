@@ -1,0 +1,73 @@
+"""Connecting to Ray: the cluster that RAY_ADDRESS names (as under `ray job submit`), else a private one on this machine.
+
+The private one has its own temp folder, loopback address, ports and token, so that several of them, and foreign Ray
+processes, live beside each other; it ends with the job. Nothing here ever calls `ray stop`, which would kill every Ray
+process of the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+QUIET = {
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@contextlib.contextmanager
+def connect(num_cpus: float | None = None) -> Iterator[None]:
+    """A Ray connection for the length of a job. `num_cpus` sizes a private cluster (default: what the machine has).
+
+    A private cluster may be told more CPUs than there are, so that a job's fixed parts (drivers, two workers) fit on a laptop.
+    """
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, logging_level=logging.WARNING)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    folder = Path(tempfile.mkdtemp(prefix="reid-ray-", dir="/tmp"))  # noqa: S108 - short: socket paths are limited to 107 bytes
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    saved = {key: os.environ.get(key) for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(1, round(num_cpus or os.cpu_count() or 1)),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            object_store_memory=256 * 1024**2,
+            _temp_dir=str(folder),
+            _node_ip_address="127.0.0.1",
+        )
+        logger.info("private Ray cluster started (%s)", folder)
+        yield
+    finally:
+        ray.shutdown()
+        for key, old in saved.items():
+            os.environ.pop(key, None) if old is None else os.environ.__setitem__(key, old)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,250 @@
+"""Ray Train: the only training file that imports Ray.
+
+A run is one `TorchTrainer` per try. Ray starts and watches the workers; what a failure means is decided here, because Ray's
+own restart loop cannot tell a bad recipe from a dead node: errors that the user can mend and diverged losses end the run at
+once, the same traceback without a new checkpoint in between ends it with a sentence, everything else continues from the
+newest verified checkpoint, `training.max_failures` times. Announced preemptions have Ray's own, unlimited budget.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+from reid_dist.config import Recipe, build_recipe, to_mapping
+from reid_dist.errors import RunError, UserError
+from reid_dist.methods import get
+from reid_dist.runs import Run, ship_logs
+from reid_dist.storage import ray_storage
+from reid_dist.training.loop import Hooks, Stopped, out_of_memory
+
+logger = logging.getLogger(__name__)
+
+STOP_POLL_S = 2.0  # how often rank 0 looks for a request to stop
+
+
+def resources(recipe: Recipe) -> dict[str, float]:
+    """Resources of one worker. Asks the connected cluster whether it has GPUs where the recipe leaves it open."""
+    import ray
+
+    training = recipe.training
+    use_gpu = training.use_gpu
+    if use_gpu is None:
+        use_gpu = any("GPU" in node["Resources"] for node in ray.nodes() if node["Alive"])
+    needs = {"CPU": training.cpus_per_worker}
+    if use_gpu:
+        needs["GPU"] = training.gpus_per_worker
+    return needs
+
+
+def fit(recipe: Recipe, run: Run, timing: dict[str, float], report: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Train `recipe` in `run` until done. Returns rank 0's summary.
+
+    Raises Stopped, UserError (the user can mend it) or RunError (budget used up, repeating bug, diverged).
+    """
+    from ray.train import WorkerGroupError
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    failures: list[tuple[str, int]] = []
+    while True:
+        try:
+            return _one_try(recipe, run, timing, len(failures))
+        except WorkerGroupError as error:
+            cause, text = _cause(error)
+        except TrainingFailedError as error:
+            cause, text = error, str(error)
+        _end_if_final(cause)
+        where = run.latest_step()
+        run.note_restart(reason=_short(text), step=where)
+        if failures and failures[-1] == (_signature(text), where):
+            raise RunError(f"the same error came twice after step {where}, so another try would not help: {_short(text)}")
+        failures.append((_signature(text), where))
+        if len(failures) > recipe.training.max_failures:
+            raise RunError(
+                f"training failed {len(failures)} times (training.max_failures={recipe.training.max_failures}); last: {_short(text)}"
+            )
+        logger.warning("failure %d, continuing from step %d: %s", len(failures), where, _short(text))
+
+
+def _one_try(recipe: Recipe, run: Run, timing: dict[str, float], number: int) -> dict[str, Any]:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    needs = resources(recipe)
+    path, filesystem = ray_storage(f"{run.uri}/ray")
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "recipe": to_mapping(recipe),
+            "run": run.uri,
+            "attempt": run.attempt,
+            "timing": timing,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=recipe.training.num_workers, use_gpu="GPU" in needs, resources_per_worker=needs
+        ),
+        run_config=RunConfig(
+            # A fresh name per try: Ray would silently continue a run of the same name.
+            name=f"attempt-{run.attempt:04d}-{number}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=0),
+        ),
+        torch_config=TorchConfig(
+            backend="nccl" if "GPU" in needs else "gloo", timeout_s=recipe.training.collective_timeout_s
+        ),
+    )
+    try:
+        return _in_thread(trainer.fit).return_value
+    finally:
+        run.store.delete_tree("ray")
+
+
+def _in_thread(call: Callable[[], Any]) -> Any:
+    """Run Ray's fit beside the main thread, which stays free for signals (Ray's own Ctrl-C handler would kill the workers)."""
+    box: dict[str, Any] = {}
+
+    def target() -> None:
+        try:
+            box["value"] = call()
+        except BaseException as error:
+            box["error"] = error
+
+    thread = threading.Thread(target=target, name="ray-train-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.5)
+    if "error" in box:
+        raise box["error"]
+    return box["value"]
+
+
+def _cause(error: Any) -> tuple[BaseException, str]:
+    """(root cause, its text) of the first failing worker that says something of its own."""
+    failures = list(error.worker_failures.values()) or [error]
+
+    def unwrap(failure: BaseException) -> BaseException:
+        for name in ("_base_exc", "cause", "__cause__"):
+            inner = getattr(failure, name, None)
+            if isinstance(inner, BaseException):
+                return unwrap(inner)
+        return failure
+
+    causes = [unwrap(failure) for failure in failures]
+    ranked = sorted(range(len(causes)), key=lambda i: not isinstance(causes[i], (UserError, RunError, Stopped)))
+    first = ranked[0]
+    return causes[first], f"{type(causes[first]).__name__}: {causes[first]}"
+
+
+def _end_if_final(cause: BaseException) -> None:
+    if isinstance(cause, (UserError, Stopped)):
+        raise cause
+    if isinstance(cause, RunError) and not cause.retryable:
+        raise cause
+
+
+def _signature(text: str) -> str:
+    """What makes two failures the same: the text without numbers that differ by chance (pids, addresses, ports)."""
+    return "".join("#" if char.isdigit() else char for char in text)[-2000:]
+
+
+def _short(text: str) -> str:
+    """The telling lines of a failure on one line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines)[:400] if len(lines) < 4 else f"{lines[0]} ... {lines[-1]}"[:400]
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
+    """One Ray Train worker: everything it needs comes from `config` and storage."""
+    marks = {"worker": time.time()}
+    import ray.train
+    import torch
+
+    from reid_dist.training.selection import evaluator
+    from reid_dist.training.start import init_weights
+    from reid_dist.training.tracking import trackers
+    from reid_dist.training.worker import make_worker, prepare
+
+    marks["imports"] = time.time()
+    recipe = build_recipe(config["recipe"], lambda name: get(name).Config)
+    context = ray.train.get_context()
+    run = Run.attach(config["run"], config["attempt"])
+    with ship_logs(run, f"rank-{context.get_world_rank()}"), _stop_watch(run, context.get_world_rank()) as wanted:
+        try:
+            prepared = prepare(recipe, init_weights(recipe))
+            marks["data"] = time.time()
+            hooks = Hooks(
+                should_stop=wanted.is_set,
+                report=lambda metrics: ray.train.report(metrics),
+                evaluate=evaluator(recipe, prepared),
+                bar=_bar,
+                marks=marks,
+            )
+            worker = make_worker(recipe, prepared, run, hooks)
+            worker.sinks = trackers(recipe, run) if worker.ctx.rank == 0 else []
+            progress = worker.train()
+        except (RuntimeError, MemoryError) as error:
+            readable = out_of_memory(error, recipe)
+            if readable:
+                raise readable from error
+            raise
+    if context.get_world_rank() != 0:
+        return None
+    device = str(worker.device)
+    peak = torch.cuda.max_memory_allocated() if worker.device.type == "cuda" else 0
+    return {
+        "steps": progress.step,
+        "metrics": worker.metrics,
+        "last": worker.losses[-1] if worker.losses else {},
+        "device": device,
+        "peak_gpu_bytes": peak,
+        "marks": marks,
+    }
+
+
+def _bar(**options: Any) -> Any:
+    """A progress bar that Ray carries from the worker to the driver's terminal."""
+    from ray.experimental import tqdm_ray
+
+    options.pop("mininterval", None)
+    disable = options.pop("disable", False)
+    initial = options.pop("initial", 0)
+    if disable:
+        return contextlib.nullcontext(_NoBar())
+    bar = tqdm_ray.tqdm(**options)
+    bar.update(initial)
+    return contextlib.closing(bar)
+
+
+class _NoBar:
+    def update(self, n: int = 1) -> None: ...
+
+
+@contextlib.contextmanager
+def _stop_watch(run: Run, rank: int) -> Iterator[threading.Event]:
+    """On rank 0: an event that is set once somebody asked this attempt to stop (`Run.request_stop`)."""
+    wanted, closing = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not closing.wait(STOP_POLL_S):
+            with contextlib.suppress(RunError):
+                if run.stop_requested():
+                    wanted.set()
+                    return
+
+    thread = threading.Thread(target=watch, name="stop-watch", daemon=True)
+    if rank == 0:
+        thread.start()
+    try:
+        yield wanted
+    finally:
+        closing.set()
+        if thread.is_alive():
+            thread.join(timeout=5)
+
+
