@@ -153,7 +153,8 @@ def block_rows(columns: int, memory_mb: float) -> int:
 
 
 def score_blocks(q: Any, g: Any, num_query: int, num_gallery: int, rows: int) -> Iterator[tuple[int, Any]]:
-    """(first row, scores float32 [n, G]) of matrices from `combine`, where the gallery lies; the next block overwrites them.
+    """(first row, scores float32 [n, G]) of matrices from `combine`, where the gallery lies; the next block overwrites
+    them.
 
     Every product has the same shape, so a score does not depend on the shard or the place in which it is computed.
     """

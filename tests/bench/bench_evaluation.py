@@ -1,11 +1,12 @@
-"""Evaluator beside a textbook implementation: CPU seconds and added peak memory, one thread, each run in its own child process.
+"""Evaluator beside a textbook implementation: CPU seconds and added peak memory, one thread, each run in its own child
+process.
 
     python -m tests.bench.bench_evaluation [market text msmt17 rerank rerank-market]
 
-Features are class centres plus noise (512-d, float32), so that ranks spread as those of a half-trained model; sizes are those of
-the data sets. "Added" is the process's high-water mark above its level just before the call, features excluded. The MSMT17 size
-runs under an address-space limit of 8 GB; there the textbook code is also timed on an eighth of the queries, because the whole
-does not fit. The last line is one JSON record.
+Features are class centres plus noise (512-d, float32), so that ranks spread as those of a half-trained model; sizes are
+those of the data sets. "Added" is the process's high-water mark above its level just before the call, features
+excluded. The MSMT17 size runs under an address-space limit of 8 GB; there the textbook code is also timed on an eighth
+of the queries, because the whole does not fit. The last line is one JSON record.
 """
 
 from __future__ import annotations

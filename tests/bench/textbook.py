@@ -1,7 +1,8 @@
-"""Evaluation as every textbook and most ReID code bases write it: the baseline that bench_evaluation.py measures against.
+"""Evaluation as every textbook and most ReID code bases write it: the baseline that bench_evaluation.py measures
+against.
 
-All distances, one index sort of all pairs, labels gathered for all pairs, vectorised average precision; re-ranking with dense
-N x N matrices. Written for this bench; nothing in the library uses it.
+All distances, one index sort of all pairs, labels gathered for all pairs, vectorised average precision; re-ranking with
+dense N x N matrices. Written for this bench; nothing in the library uses it.
 """
 
 from __future__ import annotations
