@@ -25,7 +25,7 @@ SHIP_EVERY_S = 60.0
 class _Redacting(logging.Formatter):
     """Log lines without secrets; times in UTC, so that the logs of several hosts can be read together."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)  # type: ignore[assignment]
 
     def format(self, record: logging.LogRecord) -> str:
         return str(redact(super().format(record)))

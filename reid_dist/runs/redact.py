@@ -15,13 +15,13 @@ _NAMES = re.compile(
     r"(SECRET|PASSWORD|PASSWD|(^|_)TOKEN|API_?KEY|SECRET_?KEY|ACCESS_KEY(_ID)?|CREDENTIALS?)$", re.IGNORECASE
 )
 _SHORTEST = 8  # shorter values are words like "true", whose removal would only garble the text
+_KEY = r"\b(?:secret|password|token|api_?key|authorization)\b['\"]?"
 _PATTERNS = (
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s:@'\"]*:[^/\s@'\"]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
     (re.compile(r"(X-Amz-(?:Signature|Credential|Security-Token)=)[^&\s'\"]+", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), HIDDEN),
-    (re.compile(r"(\b(?:secret|password|token|api_?key|authorization)\b['\"]?\s*[:=]\s*['\"]?(?:Bearer )?)[^\s'\",;}]{8,}",
-                re.IGNORECASE), rf"\1{HIDDEN}"),
-)  # fmt: skip
+    (re.compile(rf"({_KEY}\s*[:=]\s*['\"]?(?:Bearer )?)[^\s'\",;}}]{{8,}}", re.IGNORECASE), rf"\1{HIDDEN}"),
+)
 
 
 def secrets() -> list[str]:

@@ -147,7 +147,7 @@ class Run:
         return sorted(self._notes.values(), key=lambda note: (note["attempt"], note["time"]))
 
     def checkpoints(self) -> list[dict[str, Any]]:
-        """[{"name", "step", "metrics", "size", "attempt", "time", "kept"}] by step; of a step saved twice the latest."""
+        """[{"name", "step", "metrics", "size", "attempt", "time", "kept"}] by step; of a step saved twice the last."""
         kept = set(committed(self.store, "checkpoints"))
         latest = {note["name"]: note for note in self.notes() if note["kind"] == "checkpoint"}
         found = [{k: v for k, v in note.items() if k != "kind"} | {"kept": n in kept} for n, note in latest.items()]
@@ -190,7 +190,7 @@ class Run:
         return record if record.get("exit_code") == 0 else None
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        """End of the attempt: store the job's record, the end and the card. A fenced-out attempt stores its end alone."""
+        """End of the attempt: store the record, the end and the card. A fenced-out attempt stores its end alone."""
         self.flush_metrics()
         end = {"time": time.time(), "exit_code": record.get("exit_code"), "reason": record.get("error", "done")}
         self.store.write(f"attempts/{self.attempt:04d}-end.json", _json(redact(end)))
