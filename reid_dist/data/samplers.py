@@ -1,7 +1,7 @@
 """Plans: which items make the global batch of (epoch, step), as a pure function.
 
-A plan's state is three integers whatever the number of workers (seed, epoch, step); every rank computes the same plan and
-takes its slice. Items are numbers 0 ... N-1 of whatever a stage trains on (rows, image-caption pairs, tracklets).
+A plan's state is three integers whatever the number of workers (seed, epoch, step); every rank computes the same plan
+and takes its slice. Items are numbers 0 ... N-1 of whatever a stage trains on (rows, image-caption pairs, tracklets).
 
 Where the authors seed by rank or cut the epoch into per-rank mini-batches, this replaces it (design.md section 3): one
 global list, contiguous slices, partial batches kept.
@@ -67,7 +67,9 @@ def cut_groups(order: Sequence[int] | np.ndarray, instances: int) -> list[np.nda
 
 
 def compose_identity_batches(
-    orders: Mapping[int, Sequence[int] | np.ndarray], selections: Sequence[Sequence[int]] | np.ndarray, instances: int
+    orders: Mapping[int, Sequence[int] | np.ndarray],
+    selections: Sequence[Sequence[int] | np.ndarray] | np.ndarray,
+    instances: int,
 ) -> np.ndarray:
     """PK composition given its draws: each selection of identities takes the next group of each. int64 [M].
 
@@ -86,8 +88,8 @@ def compose_identity_batches(
 class IdentityPlan(EpochPlan):
     """PK batches: P = global_batch / K identities with K items each (methods/comoe.md section 4).
 
-    Each identity's items are shuffled (fewer than K: resampled with replacement) and cut into groups of K; P identities that
-    still have a group are drawn without replacement again and again, until fewer than P are left.
+    Each identity's items are shuffled (fewer than K: resampled with replacement) and cut into groups of K; P
+    identities that still have a group are drawn without replacement again and again, until fewer than P are left.
     """
 
     def __init__(

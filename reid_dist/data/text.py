@@ -1,9 +1,9 @@
 """CLIP's byte-pair tokenizer with a mask token, and the masking of words.
 
-Source: CLIP (Radford et al. 2021) for the encoding; IRRA for the mask token, which takes the place of the last merge's
-result ("jekyll", which falls back to its pieces here where the original raises KeyError): methods/comoe.md section 4.
-The merge list is the file that the open_clip package ships. A smaller `vocab_size` keeps the first merges only; ids above
-the 512 byte symbols then differ from CLIP's, so it is for models trained from scratch.
+Source: CLIP (Radford et al. 2021) for the encoding; IRRA for the mask token, which takes the place of the last
+merge's result ("jekyll", which falls back to its pieces here where the original raises KeyError): methods/comoe.md
+section 4. The merge list is the file that the open_clip package ships. A smaller `vocab_size` keeps the first merges
+only; ids above the 512 byte symbols then differ from CLIP's, so it is for models trained from scratch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import gzip
 import html
 import importlib.util
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -91,7 +92,7 @@ class ClipTokenizer:
         parts = [self._bytes[byte] for byte in word.encode("utf-8")]
         parts[-1] += "</w>"
         while len(parts) > 1:
-            best = min(zip(parts, parts[1:], strict=False), key=lambda pair: self._rank.get(pair, len(self._rank)))
+            best = min(itertools.pairwise(parts), key=lambda pair: self._rank.get(pair, len(self._rank)))
             if best not in self._rank:
                 break
             merged, index = [], 0
@@ -131,8 +132,9 @@ def mask_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Masked-word task of IRRA given its draws: (masked ids, labels), both int64 [L]; the caption itself is left alone.
 
-    A position with 0 < id < mask_id and uniform u < 0.15 is labelled with its id; with v = u / 0.15, v < 0.8 puts the mask,
-    v < 0.9 `replacement`, else nothing changes. Where nothing was chosen, position 1 is masked. Labels elsewhere are 0.
+    A position with 0 < id < mask_id and uniform u < 0.15 is labelled with its id; with v = u / 0.15, v < 0.8 puts the
+    mask, v < 0.9 `replacement`, else nothing changes. Where nothing was chosen, position 1 is masked. Labels
+    elsewhere are 0.
     """
     chosen = (ids > 0) & (ids < mask_id) & (uniform < 0.15)
     v = uniform / 0.15

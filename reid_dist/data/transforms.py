@@ -2,10 +2,10 @@
 
     resize -> flip -> pad with black, crop -> [0, 1], normalise -> erase
 
-Draws and their application are apart: `draw` makes an `ImageDraws` from the row's own generator (data/draws.row_rng), `apply`
-is deterministic. So the result does not depend on the worker, and golden vectors replay recorded draws. Order and constants:
-methods/comoe.md section 4 (the same as methods/icl.md section 4). Erasing comes after normalisation and yet fills with the
-raw mean, as the authors' recipes do.
+Draws and their application are apart: `draw` makes an `ImageDraws` from the row's own generator (data/draws.row_rng),
+`apply` is deterministic. So the result does not depend on the worker, and golden vectors replay recorded draws. Order
+and constants: methods/comoe.md section 4 (the same as methods/icl.md section 4). Erasing comes after normalisation
+and yet fills with the raw mean, as the authors' recipes do.
 
 Works on whole NumPy arrays and PIL's resize, which release the interpreter lock: loader threads scale.
 """
@@ -38,7 +38,7 @@ class ImageDraws:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTransform:
-    """One image pipeline. Probabilities of 0 and `pad` 0 leave the step out; `apply` without draws is the test transform."""
+    """One image pipeline. Probability 0 and `pad` 0 leave a step out; `apply` without draws is for testing."""
 
     size: tuple[int, int]  # rows, columns
     mean: tuple[float, float, float] = CLIP_MEAN
@@ -75,7 +75,9 @@ class ImageTransform:
         low, high = self.erase_ratio
         for _ in range(self.erase_attempts):
             area = rng.uniform(*self.erase_area) * rows * columns
-            ratio = math.exp(rng.uniform(math.log(low), math.log(high))) if self.erase_log_ratio else rng.uniform(low, high)
+            ratio = (
+                math.exp(rng.uniform(math.log(low), math.log(high))) if self.erase_log_ratio else rng.uniform(low, high)
+            )
             height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < height < rows and 0 < width < columns:
                 top, left = int(rng.integers(0, rows - height + 1)), int(rng.integers(0, columns - width + 1))
@@ -108,11 +110,12 @@ class ImageTransform:
             image = image[max(down, 0) : rows + min(down, 0), max(right, 0) : columns + min(right, 0)]
             top, left = max(-down, 0), max(-right, 0)
             target = out[:, top : top + image.shape[0], left : left + image.shape[1]]
-        np.multiply(image.transpose(2, 0, 1), self._scale[:, None, None], out=target, dtype=np.float32)
+        planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+        np.multiply(planes, self._scale[:, None, None], out=target, dtype=np.float32)
         target += self._shift[:, None, None]
         if draws.erase is not None:
             top, left, height, width = draws.erase
-            out[:, top : top + height, left : left + width] = np.float32(self.erase_fill)[:, None, None]
+            out[:, top : top + height, left : left + width] = np.array(self.erase_fill, dtype=np.float32)[:, None, None]
 
 
 def person_transform(size: tuple[int, int], train: bool, augment: bool = True) -> ImageTransform:

@@ -1,8 +1,9 @@
 """In-batch image-text losses on gathered features.
 
-Sources: SDM - IRRA (CVPR 2023); InfoNCE - CLIP; CMPM - Zhang & Lu (ECCV 2018). Formulas: methods/comoe.md section 3. Every
-function takes the features of the whole global batch and `rows`, the slice that is ours (losses/sharding.py); defaults give
-the plain single-process loss. Ours: zero vectors are clamped at norm 1e-12 where the original gives NaN.
+Sources: SDM - IRRA (CVPR 2023); InfoNCE - CLIP; CMPM - Zhang & Lu (ECCV 2018). Formulas: methods/comoe.md section 3.
+Every function takes the features of the whole global batch and `rows`, the slice that is ours (losses/sharding.py);
+defaults give the plain single-process loss. Ours: zero vectors are clamped at norm 1e-12 where the original gives
+NaN.
 
 Shapes: B global rows, n own rows, D width.
 """
@@ -10,7 +11,7 @@ Shapes: B global rows, n own rows, D width.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from reid_dist.losses.sharding import own, share
@@ -30,8 +31,8 @@ def _both_scores(image_feat: Tensor, text_feat: Tensor, rows: slice, logit_scale
 def match_targets(pid: Tensor, image_id: Tensor | None = None, factor: float = 0.3) -> Tensor:
     """q [B, B] of SDM: q_ij = Y_ij / sum_l Y_jl with Y = [same pid].
 
-    With `image_id`, Y is softened to 1 for the same image and `factor` for another one of the identity. The original divides
-    column j by the sum of *row* j; kept, and visible only in the soft form.
+    With `image_id`, Y is softened to 1 for the same image and `factor` for another one of the identity. The original
+    divides column j by the sum of *row* j; kept, and visible only in the soft form.
     """
     same = (pid[:, None] == pid[None, :]).to(torch.float32)
     if image_id is not None:
@@ -93,7 +94,8 @@ def projection_matching(
 ) -> Tensor:
     """CMPM: softmax of unnormalised features projected on the other modality's unit vectors, no temperature.
 
-    Targets: [same pid] over the row's L2 norm, as the original code has it (the paper divides by the row's sum). Scalar.
+    Targets: [same pid] over the row's L2 norm, as the original code has it (the paper divides by the row's sum).
+    Scalar.
     """
     rows = own(len(pid), rows)
     same = (pid[rows, None] == pid[None, :]).to(image_feat.dtype)

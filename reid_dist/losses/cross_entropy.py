@@ -5,7 +5,7 @@ Formulas: methods/comoe.md section 3 (identity loss of a 512 -> classes layer on
 
 from __future__ import annotations
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from reid_dist.losses.sharding import share

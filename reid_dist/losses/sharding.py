@@ -1,8 +1,9 @@
 """How a loss over the global batch is cut into the ranks' shares.
 
-A global loss is a mean over B rows. Rank r computes the terms of its own rows (against all gathered columns) and returns
-W / B * sum of them; the mean over the W ranks is then the global loss, and averaged gradients are its gradient, for any
-contiguous slices, uneven and empty ones included. With all rows and W = 1 a share is the loss itself.
+A global loss is a mean over B rows. Rank r computes the terms of its own rows (against all gathered columns) and
+returns W / B * sum of them; the mean over the W ranks is then the global loss, and averaged gradients are its
+gradient, for any contiguous slices, uneven and empty ones included. With all rows and W = 1 a share is the loss
+itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Taking over weights that somebody else published: which of our parameters they cover, and what is left on both sides."""
+"""Taking over published weights: which of our parameters they cover, and what is left over on both sides."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ LEAST_SHARE = 0.95  # of our parameters; below this the file belongs to somethin
 
 
 def adopt(model: nn.Module, renamed: Mapping[str, Tensor], unused: Iterable[str]) -> dict[str, Tensor]:
-    """`renamed` {our name: tensor} -> those that `model` has, in its shapes (equal element counts may be reshaped) and types.
+    """`renamed` {our name: tensor} -> those that `model` has, in its shapes (equal element counts may be reshaped)
+    and types.
 
-    Logs the share of our parameters that are covered, what is missing and which of their names are `unused`. Raises UserError
-    under 95 %, or when a tensor has another size: half of a geometry must not start silently from random values.
+    Logs the share of our parameters that are covered, what is missing and which of their names are `unused`. Raises
+    UserError under 95 %, or when a tensor has another size: half of a geometry must not start silently from random
+    values.
     """
     expected = model.state_dict()
     taken: dict[str, Tensor] = {}

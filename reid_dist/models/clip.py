@@ -1,12 +1,13 @@
-"""CLIP's two towers (Radford et al. 2021) with the geometry of re-identification: tall images, any stride, every token out.
+"""CLIP's two towers (Radford et al. 2021) with the geometry of re-identification: tall images, any stride, every
+token out.
 
     grid = (size - patch) // stride + 1 in each direction, no padding
     image: [class, patches] + positions -> LN -> blocks -> LN -> projection      global = token 0
     text:  ids + positions -> causal blocks -> LN -> projection                  global = token at the end-of-text id
 
-Final norm and projection act on all tokens (stock CLIP: on the global one only), because the methods here read patches and
-words. The parts (`embed`, `blocks`, `ln_post`, `project`) are modules, so a method can put part tokens, masks or prompts
-between them. Weights: models/clip_weights.py.
+Final norm and projection act on all tokens (stock CLIP: on the global one only), because the methods here read
+patches and words. The parts (`embed`, `blocks`, `ln_post`, `project`) are modules, so a method can put part tokens,
+masks or prompts between them. Weights: models/clip_weights.py.
 
 Shapes: n rows, L tokens, W width, D joint width.
 """
@@ -17,7 +18,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reid_dist.errors import UserError
@@ -80,7 +81,8 @@ def architecture(name: str, **sizes: object) -> ClipArchitecture:
 
 
 def resize_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[1 + g*g, W] -> [1 + rows*columns, W]: the square grid bilinearly (half-pixel centres, no antialias), class row kept.
+    """[1 + g*g, W] -> [1 + rows*columns, W]: the square grid bilinearly (half-pixel centres, no antialias), class row
+    kept.
 
     Raises UserError if the table's grid is not square.
     """
@@ -124,8 +126,8 @@ class ImageEmbedding(nn.Module):
     def forward(self, image: Tensor, extra: Tensor | None = None) -> Tensor:
         """image [n, 3, h, w] -> [n, 1 + P + L, W], tokens class, extra, patches (row-major).
 
-        `extra` [P, W] are further global tokens; they wear the class token's position. Raises ValueError if the image does
-        not fit the position table.
+        `extra` [P, W] are further global tokens; they wear the class token's position. Raises ValueError if the image
+        does not fit the position table.
         """
         patches = self.patches(image.to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)
         if patches.shape[1] + 1 != self.positions.shape[0]:
@@ -145,7 +147,7 @@ class TextEmbedding(nn.Module):
         nn.init.normal_(self.tokens.weight, std=0.02)
 
     def forward(self, text: Tensor) -> Tensor:
-        """Ids [n, L], or embeddings [n, L, W] in their place (prompts), -> [n, L, W]. Raises ValueError for another L."""
+        """Ids [n, L], or embeddings [n, L, W] in their place (prompts), -> [n, L, W]. Raises ValueError."""
         if text.shape[1] != self.positions.shape[0]:
             raise ValueError(f"text of {text.shape[1]} tokens for a position table of {self.positions.shape[0]}")
         return (text if text.is_floating_point() else self.tokens(text)) + self.positions
@@ -198,7 +200,7 @@ class TextTower(nn.Module):
         self.blocks.reset_parameters()
 
     def forward(self, text: Tensor, weights: str = "", end: Tensor | None = None) -> TowerOutput:
-        """Ids [n, L] or embeddings [n, L, W]; `weights`: "" | "row" (of the token `end` [n], default from the ids) | "map"."""
+        """Ids [n, L] or embeddings [n, L, W]; `weights`: "" | "row" (of token `end` [n]; None: the ids') | "map"."""
         asked: str | Tensor = weights
         if weights == "row":
             asked = end_of_text(text) if end is None else end
@@ -208,7 +210,7 @@ class TextTower(nn.Module):
 
 
 def end_of_text(ids: Tensor) -> Tensor:
-    """int64 [n]: first position of the largest id of each row of ids [n, L] (the end token is the largest id there is)."""
+    """int64 [n]: first position of the largest id (the end token) in each row of ids [n, L]."""
     return ids.argmax(dim=-1)
 
 

@@ -2,9 +2,9 @@
 
     x <- x + MHA(LN1 x);  x <- x + MLP(LN2 x)        MLP: D -> 4D -> D with x * sigmoid(1.702 x)
 
-What differs from a stock encoder: an additive mask may be given per call (part tokens), the attention weights of a block can
-be asked for (token selection) without giving up fused attention for its output, and every parameter is read inside the
-forward of the module that owns it, because ZeRO-3 gathers weights per module call.
+What differs from a stock encoder: an additive mask may be given per call (part tokens), the attention weights of a
+block can be asked for (token selection) without giving up fused attention for its output, and every parameter is read
+inside the forward of the module that owns it, because ZeRO-3 gathers weights per module call.
 
 Shapes: n rows, L tokens, W width, H heads.
 """
@@ -12,7 +12,7 @@ Shapes: n rows, L tokens, W width, H heads.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name everybody knows
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -36,7 +36,7 @@ class QuickGelu(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with packed q, k, v (rows of the packed weight: query, key, value), biases, scale 1/sqrt(W/H)."""
+    """Multi-head attention; packed weight rows are query, key, value; biases; scale 1/sqrt(W/H)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -64,8 +64,8 @@ class Attention(nn.Module):
         """Attend from x [n, L, W] to `context` [n, S, W] (default x).
 
         `mask` is additive, broadcastable to [n, H, L, S]. `weights` asks for attention weights averaged over heads:
-        "map" gives [n, L, S], an int64 tensor [n] gives those of one query token per row, [n, S]. The output always comes
-        from fused attention.
+        "map" gives [n, L, S], an int64 tensor [n] gives those of one query token per row, [n, S]. The output always
+        comes from fused attention.
         """
         if context is None:
             query, key, value = F.linear(x, self.qkv_weight, self.qkv_bias).chunk(3, dim=-1)
@@ -135,7 +135,7 @@ class Block(nn.Module):
 
 
 class BlockStack(nn.ModuleList):
-    """A stack of blocks; `activation_checkpointing` recomputes each in the backward pass instead of keeping its insides."""
+    """A stack of blocks; `activation_checkpointing` recomputes each one in the backward pass."""
 
     def __init__(self, width: int, heads: int, layers: int) -> None:
         super().__init__(Block(width, heads) for _ in range(layers))

@@ -1,7 +1,8 @@
 """CLIP weights by OpenAI's parameter names: from open_clip by tag, from a local file, from s3://.
 
-The square position grid is resized bilinearly without antialias, as the methods' authors did (open_clip itself would do it
-bicubically with antialias), and text positions linearly. A file is read with `weights_only=True` or as safetensors.
+The square position grid is resized bilinearly without antialias, as the methods' authors did (open_clip itself would
+do it bicubically with antialias), and text positions linearly. A file is read with `weights_only=True` or as
+safetensors.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def fit(towers: ClipTowers, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     expected = towers.state_dict()
     missing = sorted(set(expected) - set(ours))
     if missing:
-        raise UserError(f"CLIP weights lack {len(missing)} of {len(expected)} parameters, first {missing[0]}: another model?")
+        raise UserError(
+            f"CLIP weights lack {len(missing)} of {len(expected)} parameters, first {missing[0]}: another model?"
+        )
     table, positions = "image.embed.positions", "text.embed.positions"
     if ours[table].shape[0] != expected[table].shape[0] or towers.arch.grid[0] != towers.arch.grid[1]:
         ours[table] = resize_position_table(ours[table], towers.arch.grid)
@@ -115,7 +118,8 @@ def read_state(uri: str) -> dict[str, Tensor]:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{uri}: not a file of plain tensors ({reason[:120]}); convert it to safetensors (TorchScript and pickled code are refused)"
+            f"{uri}: not a file of plain tensors ({reason[:120]}); convert it to safetensors "
+            f"(TorchScript and pickled code are refused)"
         ) from None
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

@@ -1,9 +1,9 @@
 """Dropout whose mask depends on the row, not on where or in which batch the row is computed.
 
-torch's dropout draws from the process's generator, so another number of workers, micro-batches or a recomputation in the
-backward pass would draw differently. Here the decision for element j of a row is a hash of (row seed, module salt, j), in
-plain integer tensor operations: the same on every device, layout and pass. Row seeds: data/draws.row_seeds, in
-batch["row_seed"], handed down as an explicit argument.
+torch's dropout draws from the process's generator, so another number of workers, micro-batches or a recomputation in
+the backward pass would draw differently. Here the decision for element j of a row is a hash of (row seed, module
+salt, j), in plain integer tensor operations: the same on every device, layout and pass. Row seeds:
+data/draws.row_seeds, in batch["row_seed"], handed down as an explicit argument.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MIX2 = -1028477387  # 0xC2B2AE35
 
 
 def _finalise(h: Tensor) -> Tensor:
-    """murmur3's 32-bit finaliser on int32 tensors, in place (multiplication wraps; shifts are made logical by masks)."""
+    """murmur3's finaliser on int32, in place (multiplication wraps; shifts are made logical by masks)."""
     h ^= (h >> 16) & 0xFFFF
     h *= _MIX1
     h ^= (h >> 13) & 0x7FFFF

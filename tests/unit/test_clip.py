@@ -146,7 +146,9 @@ def test_every_openai_weight_of_the_full_model_has_its_place() -> None:
     assert differing == {"image.embed.positions"}  # 197 rows there, 193 here
 
 
-def test_weights_are_fitted_to_another_geometry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, towers: ClipTowers) -> None:
+def test_weights_are_fitted_to_another_geometry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, towers: ClipTowers
+) -> None:
     square = ClipArchitecture(**{**vars_of(SMALL), "image_size": (32, 32), "context_length": 7})
     source = {f"module.{theirs}": tensor for theirs, tensor in openai_names(ClipTowers(square)).items()}
     path = tmp_path / "clip.pt"
@@ -163,7 +165,7 @@ def test_weights_are_fitted_to_another_geometry(tmp_path: Path, monkeypatch: pyt
 
     del source["module.visual.proj"]
     torch.save(source, path)
-    with pytest.raises(UserError, match="image.project.weight"):
+    with pytest.raises(UserError, match=r"image\.project\.weight"):
         load_clip(target, str(path))
     torch.save(torch.nn.Linear(2, 2), path)  # a pickled object, not tensors
     with pytest.raises(UserError, match="not a file of plain tensors"):

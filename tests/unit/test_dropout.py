@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ def test_any_split_of_the_rows_draws_the_same(cuts: tuple[int, ...]) -> None:
     drop = RowDropout(0.3, salt=5)
     x, s = torch.randn(9, 4, 6), seeds(9)
     whole = drop(x, s)
-    parts = [drop(x[a:b], s[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [drop(x[a:b], s[a:b]) for a, b in itertools.pairwise(cuts)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0)
     order = torch.randperm(9)
     torch.testing.assert_close(drop(x[order], s[order]), whole[order], rtol=0, atol=0)
@@ -33,7 +35,11 @@ def test_rate_and_independence(p: float) -> None:
     assert (masks.mean(0) - (1 - p)).abs().max() < 5 * sigma / 20  # no element is favoured
     assert (masks.mean(1) - (1 - p)).abs().max() < 5 * sigma / 500**0.5  # no row is
     others = [keep_mask(seeds(400), 4, (500,), p), keep_mask(seeds(400, epoch=1), 3, (500,), p)]
-    neighbours = [(masks[1:], masks[:-1]), (masks[:, 1:], masks[:, :-1]), *((masks, other.double()) for other in others)]
+    neighbours = [
+        (masks[1:], masks[:-1]),
+        (masks[:, 1:], masks[:, :-1]),
+        *((masks, other.double()) for other in others),
+    ]
     for a, b in neighbours:
         correlation = ((a - a.mean()) * (b - b.mean())).mean() / sigma**2
         assert correlation.abs() < 5 / a.numel() ** 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def test_any_slices_average_to_the_whole(cuts: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(3)
     draw = torch.randn(4, 7, 6, generator=generator, dtype=torch.float64)
     pid, label = torch.tensor([0, 0, 1, 2, 2, 2, 3]), torch.tensor([0, 5, 1, 2, 0, 3, 4])
-    slices = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    slices = [slice(a, b) for a, b in itertools.pairwise(cuts)]
     world = len(slices)
 
     def mean_of_shares(features: Tensor, split: bool) -> Tensor:
@@ -113,13 +114,17 @@ def test_any_slices_average_to_the_whole(cuts: tuple[int, ...]) -> None:
         for rows in slices if split else [slice(0, 7)]:
             w = world if split else 1
             nll = masked_lm_nll(features[3][rows], label[rows])
-            total = total + (
-                similarity_distribution_matching(image, text, pid, logit_scale=9.0, rows=rows, world_size=w)
-                + info_nce(image, text, logit_scale=9.0, rows=rows, world_size=w)
-                + projection_matching(image, text, pid, rows=rows, world_size=w)
-                + identity_ce(features[2][rows], features[3][rows], label[rows], total=7, world_size=w)
-                + masked_lm_ce(nll, (label[rows] != 0).double(), total=(label != 0).sum(), world_size=w)
-            ) / w
+            total = (
+                total
+                + (
+                    similarity_distribution_matching(image, text, pid, logit_scale=9.0, rows=rows, world_size=w)
+                    + info_nce(image, text, logit_scale=9.0, rows=rows, world_size=w)
+                    + projection_matching(image, text, pid, rows=rows, world_size=w)
+                    + identity_ce(features[2][rows], features[3][rows], label[rows], total=7, world_size=w)
+                    + masked_lm_ce(nll, (label[rows] != 0).double(), total=(label != 0).sum(), world_size=w)
+                )
+                / w
+            )
         return total
 
     whole, split = leaf(draw), leaf(draw)

@@ -1,9 +1,9 @@
 """CoMoE as a job: one stage, SDM + 5 ITC + balance on gathered features (methods/comoe.md sections 3, 5, 8).
 
-What we changed and why: one global batch over all workers, so features, identities and the gates' statistics are gathered and
-every rank returns its share (losses/sharding.py); the identity sampler is a plan of the global batch; masking copies the
-caption. The head's statistics leave `forward` per row, so the balance term, a product of global means, stays exact for any
-number of workers and micro-batches.
+What we changed and why: one global batch over all workers, so features, identities and the gates' statistics are
+gathered and every rank returns its share (losses/sharding.py); the identity sampler is a plan of the global batch;
+masking copies the caption. The head's statistics leave `forward` per row, so the balance term, a product of global
+means, stays exact for any number of workers and micro-batches.
 """
 
 from __future__ import annotations
@@ -182,7 +182,9 @@ def comoe_losses(config: Config, out: Outputs, own_pid: Tensor, ctx: Context) ->
             both = balance_loss(*usage["image"], **share) + balance_loss(*usage["text"], **share)
             terms["balance"] = config.balance_weight * both
         if config.joint_balance_weight:
-            terms["joint_balance"] = config.joint_balance_weight * joint_balance_loss(**usage, **share)
+            terms["joint_balance"] = config.joint_balance_weight * joint_balance_loss(
+                usage["image"], usage["text"], **share
+            )
     if "id" in config.losses:
         ce = shared.identity_ce(
             out["image_logits"], out["text_logits"], own_pid, total=len(pid), world_size=ctx.world_size
@@ -204,8 +206,8 @@ def check(recipe: Recipe) -> None:
     if training.num_workers > 1 or training.micro_batches > 1:
         raise UserError(
             f"model.attention_axis=batch attends across the rows of a batch, so it can be neither sharded nor cut: set "
-            f"training.num_workers=1 (now {training.num_workers}) and training.micro_batches=1 (now {training.micro_batches}), "
-            f"or model.attention_axis=sequence"
+            f"training.num_workers=1 (now {training.num_workers}) and training.micro_batches=1 "
+            f"(now {training.micro_batches}), or model.attention_axis=sequence"
         )
     logger.warning(
         "model.attention_axis=batch: every feature depends on the other rows of its batch (and on evaluation.batch); "

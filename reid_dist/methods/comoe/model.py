@@ -1,9 +1,11 @@
 """CoMoE: CLIP towers, a collaborative head shared by both modalities, fusion by addition.
 
-    f = global + mean over tokens of head(tokens)        image tokens: patches (class token excluded); text: all positions
+    f = global + mean over tokens of head(tokens)        image tokens: patches (class token excluded); text: all
+    positions
 
-Source: methods/comoe.md section 2. Variants: `unshared` has one whole head per modality, `base` none. The optional branch for
-masked words is IRRA's. Features leave in float32; nothing here looks at another row (with the sequence axis).
+Source: methods/comoe.md section 2. Variants: `unshared` has one whole head per modality, `base` none. The optional
+branch for masked words is IRRA's. Features leave in float32; nothing here looks at another row (with the sequence
+axis).
 
 Shapes: n rows, L tokens, D joint width, E experts.
 """
@@ -36,8 +38,8 @@ class Encoded:
 class MaskedTokenBranch(nn.Module):
     """IRRA's implicit reasoning: masked words attend to the image, then predict themselves (optional, `mlm`).
 
-    Cross-attention (text queries image, separate pre-norms, no residual) -> blocks -> norm -> dense, quick GELU, norm, words.
-    Parameter names keep `cross_` and `mlm_head`, which the learning-rate rules go by.
+    Cross-attention (text queries image, separate pre-norms, no residual) -> blocks -> norm -> dense, quick GELU,
+    norm, words. Parameter names keep `cross_` and `mlm_head`, which the learning-rate rules go by.
     """
 
     def __init__(self, width: int, heads: int, depth: int, vocab_size: int) -> None:
@@ -98,6 +100,10 @@ class CoMoE(nn.Module):
         width = arch.joint_width
         kinds = {"shared": ("shared",), "unshared": ("image", "text"), "base": ()}[config.head]
         self.heads = nn.ModuleDict({kind: _head(config, width, i * config.head_blocks) for i, kind in enumerate(kinds)})
+        for kind, other in (("image", "gate_text"), ("text", "gate_image")):
+            if kind in self.heads:  # an unshared head never sees the other modality: its gate there has no gradient
+                for block in self.heads[kind].blocks:
+                    getattr(block.moe.router, other).weight.requires_grad_(False)
         self.classifier: nn.Linear | None = None
         self.masked_token: MaskedTokenBranch | None = None
         if "id" in config.losses:

@@ -1,7 +1,7 @@
 """How evenly experts are used: counts of routed (token, slot) pairs, their shares and entropy.
 
-Source: methods/comoe.md section 6. The original's counters are never reset and its all-reduce doubles them in place; here a
-meter counts one modality of one evaluation, and `reduced` returns a copy.
+Source: methods/comoe.md section 6. The original's counters are never reset and its all-reduce doubles them in place;
+here a meter counts one modality of one evaluation, and `reduced` returns a copy.
 """
 
 from __future__ import annotations

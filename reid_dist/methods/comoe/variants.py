@@ -1,6 +1,7 @@
 """Two pieces of the sibling paper PHP (Tedysu0916/php_V1), not part of CoMoE's recipe: methods/comoe.md section 9.
 
-SingleGateMoE: one input gate for both modalities. QueryTokenPooling: T learned queries summarise the tokens before the head.
+SingleGateMoE: one input gate for both modalities. QueryTokenPooling: T learned queries summarise the tokens before
+the head.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from reid_dist.models.dropout import RowDropout
 class SingleGateMoE(nn.Module):
     """As SharedExpertLayer, with one gate whatever the modality."""
 
-    def __init__(self, width: int, experts: int, top_k: int, reduction: int, dropout: float = 0.1, salt: int = 0) -> None:
+    def __init__(
+        self, width: int, experts: int, top_k: int, reduction: int, dropout: float = 0.1, salt: int = 0
+    ) -> None:
         super().__init__()
         self.top_k = top_k
         self.gate_input = nn.Linear(width, experts, bias=False)

@@ -1,9 +1,9 @@
 """Released CoMoE checkpoints: their names -> ours.
 
-Known names come from the golden vectors' parameter lists: `base_model.*` is CLIP under OpenAI's names, `STransformer.resblocks.N`
-the head, in it `comb_param` (auxiliary vector) and `feed_forward.{alpha, experts.E.*}`. The names of the three gates and of the
-experts' norms are not recorded; they are recognised by what such names contain, and a gate that cannot be told apart is
-left out and listed as missing, never guessed.
+Known names come from the golden vectors' parameter lists: `base_model.*` is CLIP under OpenAI's names,
+`STransformer.resblocks.N` the head, in it `comb_param` (auxiliary vector) and `feed_forward.{alpha, experts.E.*}`.
+The names of the three gates and of the experts' norms are not recorded; they are recognised by what such names
+contain, and a gate that cannot be told apart is left out and listed as missing, never guessed.
 """
 
 from __future__ import annotations
