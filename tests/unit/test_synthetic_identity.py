@@ -25,7 +25,7 @@ def test_differing_counts_a_missing_thing_once() -> None:
 
 
 def test_confusers_and_distances(people) -> None:
-    """Over all splits together: within a family exactly 2, otherwise 3 or more; so each has 2 or 3 confusers, all near."""
+    """Over all splits together: within a family exactly 2, otherwise 3 or more; so each has 2 or 3 confusers."""
     everyone = [person for split in people.values() for person in split]
     for i, a in enumerate(everyone):
         confusers = 0

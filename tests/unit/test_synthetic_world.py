@@ -189,7 +189,7 @@ def test_top_has_its_colour_and_shading_is_separate(colour: str) -> None:
 
 
 def mean_average_precision(score: np.ndarray, query: np.ndarray, gallery: np.ndarray, drop: np.ndarray | None = None):
-    """(R1, mAP) with ties after negatives; `drop` [Q, G] removes entries. Written out here, apart from the library's."""
+    """(R1, mAP) with ties after negatives; `drop` [Q, G] removes entries. The test's own, apart from the library's."""
     hits, precisions = [], []
     for q in range(len(score)):
         keep = np.ones(len(gallery), bool) if drop is None else ~drop[q]

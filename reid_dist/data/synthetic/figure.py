@@ -180,8 +180,8 @@ def _bag(sketch: Sketch, wear: Attributes, phase: float) -> None:
     elif kind == "shoulder bag":
         for z in (0.085, -0.085):
             sketch.capsule((0.085, 0.815, z * 0.7), (-0.150, 0.50, z), 0.013, 0.013, "bag", "bag", ("bag",), 0.85, 0.01)
-        levels = ((0.52, 0.040, 0.085), (0.40, 0.045, 0.092))
-        sketch.stack(levels, "bag", "bag", cues, at=(-0.175, 0.01), lift=0.03)
+        pouch: tuple[Level, ...] = ((0.52, 0.040, 0.085), (0.40, 0.045, 0.092))
+        sketch.stack(pouch, "bag", "bag", cues, at=(-0.175, 0.01), lift=0.03)
     elif kind == "handbag":
         x, y, z = _arm(1, phase)[2]
         for step in (-0.03, 0.03):
@@ -194,9 +194,14 @@ def _head(sketch: Sketch, wear: Attributes) -> None:
     sketch.capsule((0, 0.83, 0.0), (0, 0.875, 0.01), 0.032, 0.032, "skin", "head", (), 0.85, 0.02)
     sketch.ball((0, 0.925, -0.008), 0.066, 0.074, "hair", "head", hair, 1.0, HEAD)
     if wear["hair_length"] == "long":  # down the back and beside the neck
-        levels = ((0.955, 0.055, 0.045), (0.90, 0.078, 0.055), (0.79, 0.086, 0.046), (0.735, 0.066, 0.030))
-        sketch.stack(levels, "hair", "head", hair, 0.93, HEAD if sketch.cos < 0 else -0.03, (0.0, -0.045))
-        sketch.stack(levels[1:3], "hair", "head", hair, 0.9, 0.015, (0.0, -0.01))
+        falling: tuple[Level, ...] = (
+            (0.955, 0.055, 0.045),
+            (0.90, 0.078, 0.055),
+            (0.79, 0.086, 0.046),
+            (0.735, 0.066, 0.030),
+        )
+        sketch.stack(falling, "hair", "head", hair, 0.93, HEAD if sketch.cos < 0 else -0.03, (0.0, -0.045))
+        sketch.stack(falling[1:3], "hair", "head", hair, 0.9, 0.015, (0.0, -0.01))
     if sketch.cos > -0.55:
         narrow = 0.050 * max(0.55, abs(sketch.cos)) if sketch.cos > 0 else 0.022
         sketch.ball((0, 0.910, 0.022), narrow, 0.056, "skin", "head", (), 1.0, HEAD + 0.01)
