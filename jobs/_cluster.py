@@ -35,6 +35,9 @@ def connect(num_cpus: float | None = None) -> Iterator[None]:
     """
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
+    # Ray turns token authentication on by itself only sometimes; said explicitly, and before Ray is imported: it reads the
+    # mode then.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if ray.is_initialized():
@@ -52,8 +55,9 @@ def connect(num_cpus: float | None = None) -> Iterator[None]:
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    saved = {key: os.environ.get(key) for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+    saved = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    _reread_environment()
     try:
         ray.init(
             address="local",
@@ -68,6 +72,17 @@ def connect(num_cpus: float | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        for key, old in saved.items():
-            os.environ.pop(key, None) if old is None else os.environ.__setitem__(key, old)
+        if saved is None:
+            del os.environ["RAY_AUTH_TOKEN_PATH"]
+        else:
+            os.environ["RAY_AUTH_TOKEN_PATH"] = saved
+        _reread_environment()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reread_environment() -> None:
+    """Ray's C++ side read the authentication mode when it was imported and keeps the token it read last."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
