@@ -203,7 +203,10 @@ def select(
         )
         if not len(rows):
             modality = f" of modality {side.modality!r}" if side.modality else ""
-            raise EvaluationError(f"protocol {protocol.name}: no {role} rows{modality} among splits {side.splits}")
+            place = f" in trial {trial}" if protocol.trial_rule == "column" else ""
+            raise EvaluationError(
+                f"protocol {protocol.name}: no {role} rows{modality} among splits {side.splits}{place}"
+            )
         sides.append((rows, part))
     (query, query_part), (gallery, gallery_part) = sides
     return Selection(query, gallery, query_part, gallery_part)
