@@ -278,7 +278,7 @@ def test_released_checkpoint_that_does_not_fit_is_refused() -> None:
 
 def test_registry_and_recipes() -> None:
     assert "comoe" in methods.names()
-    assert methods.get("comoe") is METHOD
+    assert methods.get("comoe").build is METHOD.build
     with pytest.raises(UserError, match="did you mean 'comoe'"):
         methods.get("comeo")
     with pytest.raises(RecipeError, match="did you mean 'comoe/synthetic'"):
@@ -293,3 +293,16 @@ def test_registry_and_recipes() -> None:
     with pytest.raises(RecipeError, match="'experts'"):
         methods.load_recipe("comoe/cuhk_pedes", ["model.expert=6"])
     assert apply_overrides({}, ["a.b=1"]) == {"a": {"b": 1}}
+
+
+def test_bf16_weights_give_float32_features_near_the_exact_ones() -> None:
+    stage = stage_of(losses=("sdm", "itc", "balance", "id", "mlm"), mlm_depth=1)
+    model, batch = model_of(stage).train(), batch_of(stage, 0)
+    exact = stage.forward(model, batch, None)  # type: ignore[arg-type]
+    rounded = stage.forward(model.to(torch.bfloat16), batch, None)  # type: ignore[arg-type]
+    assert {name: tensor.dtype for name, tensor in rounded.items()} == dict.fromkeys(exact, torch.float32)
+    cosine = torch.nn.functional.cosine_similarity(exact["image_feat"], rounded["image_feat"])
+    assert cosine.min() > 0.99
+    terms = stage.losses(model, rounded, batch, Ranks(7))  # type: ignore[arg-type]
+    sum(terms.values()).backward()  # type: ignore[union-attr]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

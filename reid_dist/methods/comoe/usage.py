@@ -21,7 +21,11 @@ class ExpertUsageMeter:
 
     def update(self, selected: Tensor) -> None:
         """Add chosen experts, int64 of any shape (Routing.selected)."""
-        self.count += torch.bincount(selected.flatten().cpu(), minlength=len(self.count))
+        self.add(torch.bincount(selected.flatten().cpu(), minlength=len(self.count)))
+
+    def add(self, counts: Tensor) -> None:
+        """Add counts [E] (whole numbers of any type)."""
+        self.count += counts.round().to(torch.int64).cpu()
 
     @property
     def routes(self) -> int:
