@@ -10,6 +10,7 @@ starts nothing.
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 from jobs._cluster import connect
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> dict[str, Any]:
         return {**todo.record(), "plan": True}
     if todo.present is not None:
         return pack(todo, on_error)
+    # Lance warns about every child process; Ray's are started with exec, which is safe.
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")
     with connect():
         return pack(todo, on_error)
 

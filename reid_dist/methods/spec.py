@@ -104,7 +104,7 @@ class Stage:
 
     name: str = "train"
     epochs: int = 1
-    global_batch: int = 64
+    row_wise: bool = True  # False: `forward` holds batch norm, so a step cannot be cut into micro-batches
 
     def plan(self) -> Plan:
         raise TypeError(f"stage {self.name} has no plan")

@@ -102,9 +102,8 @@ class Writer:
         name = folder_name(snapshot.progress.step)
         with tempfile.TemporaryDirectory(prefix="reid-checkpoint-") as folder:
             write_folder(Path(folder), snapshot)
-            self.run.check_fence()
-            manifest = publish_folder(self.run.store, name, folder, facts={"attempt": self.run.attempt})
-            self.run.check_fence()
+            facts = {"attempt": self.run.attempt}
+            manifest = publish_folder(self.run.store, name, folder, facts=facts, guard=self.run.check_fence)
         self.run.note_checkpoint(name, snapshot.progress.step, snapshot.progress.metrics, manifest.size)
         logger.info("checkpoint %s published (%.1f MB)", name, manifest.size / 1e6)
         self._retire()

@@ -35,11 +35,9 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
         return all_gather_rows(rows.to(torch.uint8), counts).to(torch.bool)
     padded = rows.new_zeros((widest, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
-    gathered = rows.new_empty((size * widest, *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, padded.contiguous())
-    if all(count == widest for count in counts):
-        return gathered
-    return torch.cat([gathered[r * widest : r * widest + count] for r, count in enumerate(counts)])
+    parts = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 class _GatherRows(torch.autograd.Function):

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,10 +43,11 @@ def resources(recipe: Recipe) -> dict[str, float]:
     return needs
 
 
-def fit(recipe: Recipe, run: Run, timing: dict[str, float], report: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Train `recipe` in `run` until done. Returns rank 0's summary.
+def fit(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """Train `recipe` in `run` until done, or until somebody asks it to stop. Returns rank 0's summary.
 
-    Raises Stopped, UserError (the user can mend it) or RunError (budget used up, repeating bug, diverged).
+    An interrupt in the main thread asks the workers to stop with a checkpoint; a second one ends at once.
+    Raises UserError (the user can mend it) or RunError (budget used up, repeating bug, diverged).
     """
     from ray.train import WorkerGroupError
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -53,7 +55,7 @@ def fit(recipe: Recipe, run: Run, timing: dict[str, float], report: dict[str, An
     failures: list[tuple[str, int]] = []
     while True:
         try:
-            return _one_try(recipe, run, timing, len(failures))
+            return _one_try(recipe, run, len(failures))
         except WorkerGroupError as error:
             cause, text = _cause(error)
         except TrainingFailedError as error:
@@ -71,7 +73,7 @@ def fit(recipe: Recipe, run: Run, timing: dict[str, float], report: dict[str, An
         logger.warning("failure %d, continuing from step %d: %s", len(failures), where, _short(text))
 
 
-def _one_try(recipe: Recipe, run: Run, timing: dict[str, float], number: int) -> dict[str, Any]:
+def _one_try(recipe: Recipe, run: Run, number: int) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -83,7 +85,6 @@ def _one_try(recipe: Recipe, run: Run, timing: dict[str, float], number: int) ->
             "recipe": to_mapping(recipe),
             "run": run.uri,
             "attempt": run.attempt,
-            "timing": timing,
         },
         scaling_config=ScalingConfig(
             num_workers=recipe.training.num_workers, use_gpu="GPU" in needs, resources_per_worker=needs
@@ -100,12 +101,12 @@ def _one_try(recipe: Recipe, run: Run, timing: dict[str, float], number: int) ->
         ),
     )
     try:
-        return _in_thread(trainer.fit).return_value
+        return _in_thread(trainer.fit, run).return_value
     finally:
         run.store.delete_tree("ray")
 
 
-def _in_thread(call: Callable[[], Any]) -> Any:
+def _in_thread(call: Callable[[], Any], run: Run) -> Any:
     """Run Ray's fit beside the main thread, which stays free for signals (Ray's own Ctrl-C handler would kill the workers)."""
     box: dict[str, Any] = {}
 
@@ -117,8 +118,16 @@ def _in_thread(call: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=target, name="ray-train-fit", daemon=True)
     thread.start()
+    asked = False
     while thread.is_alive():
-        thread.join(timeout=0.5)
+        try:
+            thread.join(timeout=0.5)
+        except (KeyboardInterrupt, RunError) as interrupt:
+            if asked:
+                raise
+            asked = True
+            logger.warning("%s: asking the workers to checkpoint and stop", str(interrupt) or "interrupted")
+            run.request_stop(str(interrupt) or "interrupted")
     if "error" in box:
         raise box["error"]
     return box["value"]
@@ -136,13 +145,13 @@ def _cause(error: Any) -> tuple[BaseException, str]:
         return failure
 
     causes = [unwrap(failure) for failure in failures]
-    ranked = sorted(range(len(causes)), key=lambda i: not isinstance(causes[i], (UserError, RunError, Stopped)))
+    ranked = sorted(range(len(causes)), key=lambda i: not isinstance(causes[i], (UserError, RunError)))
     first = ranked[0]
     return causes[first], f"{type(causes[first]).__name__}: {causes[first]}"
 
 
 def _end_if_final(cause: BaseException) -> None:
-    if isinstance(cause, (UserError, Stopped)):
+    if isinstance(cause, UserError):
         raise cause
     if isinstance(cause, RunError) and not cause.retryable:
         raise cause
@@ -164,6 +173,9 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     marks = {"worker": time.time()}
     import ray.train
     import torch
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
     from reid_dist.training.selection import evaluator
     from reid_dist.training.start import init_weights
@@ -188,6 +200,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
             worker = make_worker(recipe, prepared, run, hooks)
             worker.sinks = trackers(recipe, run) if worker.ctx.rank == 0 else []
             progress = worker.train()
+        except Stopped as stopped:
+            return {"stopped": str(stopped)}
         except (RuntimeError, MemoryError) as error:
             readable = out_of_memory(error, recipe)
             if readable:
@@ -211,7 +225,6 @@ def _bar(**options: Any) -> Any:
     """A progress bar that Ray carries from the worker to the driver's terminal."""
     from ray.experimental import tqdm_ray
 
-    options.pop("mininterval", None)
     disable = options.pop("disable", False)
     initial = options.pop("initial", 0)
     if disable:

@@ -68,7 +68,7 @@ class Worker:
     metrics: dict[str, float] = field(default_factory=dict)  # latest evaluation
     initial: Snapshot | None = None  # continue from here instead of from storage
     sinks: list[Tracker] = field(default_factory=list)  # rank 0's trackers
-    snapshot: Snapshot | None = None  # the state after the last finished stage
+    snapshot: Snapshot | None = None  # the latest state
 
     def __post_init__(self) -> None:
         ensure_process_group()
@@ -112,6 +112,11 @@ class Worker:
             if snapshot:
                 snapshot = replace(snapshot, progress=progress, optimizer={}, method={})
             return progress, snapshot
+        if self.recipe.training.micro_batches > 1 and not stage.row_wise:
+            raise UserError(
+                f"training.micro_batches={self.recipe.training.micro_batches}: stage {stage.name} of {self.spec.name} has batch "
+                "norm inside its model, whose statistics need the whole batch; use 1 and more workers instead"
+            )
         self.model = self._fresh_model(snapshot)
         self.ctx.epoch, self.ctx.step, self.stage_start = progress.epoch, progress.step, progress.stage_start
         module = StepModule(self.model, stage, self.ctx, self.recipe.training.micro_batches)
@@ -125,17 +130,29 @@ class Worker:
         if snapshot is not None and snapshot.method:
             stage.load_state({name: value.to(self.device) for name, value in snapshot.method.items()})
         rates = [group.lr for group in groups if group.names]
-        for epoch in range(progress.epoch, stage.epochs):
-            progress = replace(progress, epoch=epoch)
-            progress = self._run_epoch(stage, engine, module, rates, state, progress)
-            last = epoch + 1 == stage.epochs or self._ended(progress)
-            progress = replace(progress, epoch=epoch + 1, step_in_epoch=0, stage_done=last)
-            progress = self._end_epoch(stage, state, progress, last)
-            if last:
-                break
-        self.snapshot = checkpoints.take(self.model, state.export(), stage.state(), progress)
+        with self._progress_bar(stage, progress) as self.bar:
+            for epoch in range(progress.epoch, stage.epochs):
+                progress = replace(progress, epoch=epoch)
+                progress = self._run_epoch(stage, engine, module, rates, state, progress)
+                last = epoch + 1 == stage.epochs or self._ended(progress)
+                progress = replace(progress, epoch=epoch + 1, step_in_epoch=0, stage_done=last)
+                progress = self._end_epoch(stage, state, progress, last)
+                if last:
+                    break
         engine.destroy()
         return progress, self.snapshot
+
+    def _progress_bar(self, stage: Stage, progress: Progress) -> Any:
+        plan = stage.plan()
+        total = sum(plan.steps(epoch) for epoch in range(stage.epochs))
+        limit = self.recipe.training.max_steps
+        return self.hooks.bar(
+            total=total if limit is None else min(total, limit - progress.stage_start),
+            initial=progress.step - progress.stage_start,
+            desc=f"{self.recipe.method} {stage.name}",
+            unit="step",
+            disable=self.ctx.rank != 0,
+        )
 
     def _fresh_model(self, snapshot: Snapshot | None) -> nn.Module:
         """A whole model on the device: an engine leaves behind one that is sharded or rounded."""
@@ -143,6 +160,8 @@ class Worker:
         if snapshot:
             checkpoints.load_weights(model, snapshot.model)
         for block in model.modules():
+            if hasattr(block, "reducer"):  # synchronised batch norm (models/batchnorm.py)
+                block.reducer = self.ctx.reduce
             if self.recipe.training.activation_checkpointing and hasattr(block, "activation_checkpointing"):
                 block.activation_checkpointing = True
         return model.to(self.device)
@@ -166,34 +185,25 @@ class Worker:
             threads=self.recipe.data.loader_threads,
             prefetch=self.recipe.data.prefetch,
         )
-        progress_bar = self.hooks.bar(
-            total=plan_steps,
-            initial=progress.step_in_epoch,
-            desc=f"{stage.name} epoch {progress.epoch + 1}/{stage.epochs}",
-            unit="step",
-            disable=self.ctx.rank != 0,
-            mininterval=1.0,
-        )
-        with progress_bar as bar:
-            for step_in_epoch, total_rows, batch in stream:
-                rate = self._set_lr(engine, stage, rates, progress.step, plan_steps)
-                self.ctx.begin_step(total_rows)
-                self.ctx.step = progress.step
-                batch = to_device(batch, self.device)
-                terms, outputs = run_step(engine, module, batch)
-                stage.after_step(self.model, outputs, batch, self.ctx)
-                progress = replace(progress, step=progress.step + 1, step_in_epoch=step_in_epoch + 1)
-                self.hooks.marks.setdefault("first_step", time.time())
-                self.meter.add(progress.step, progress.stage, progress.epoch, rate, total_rows, terms)
-                bar.update()
-                if self.meter.due and self._stop_wanted():
-                    self._checkpoint(stage, state, progress)
-                    raise Stopped(f"stopped on request at step {progress.step}; the same command continues")
-                every = training.checkpoint_every_steps
-                if every and progress.step % every == 0 and progress.step_in_epoch < plan_steps:
-                    self._checkpoint(stage, state, progress)
-                if self._ended(progress):
-                    break
+        for step_in_epoch, total_rows, batch in stream:
+            rate = self._set_lr(engine, stage, rates, progress.step, plan_steps)
+            self.ctx.begin_step(total_rows)
+            self.ctx.step = progress.step
+            batch = to_device(batch, self.device)
+            terms, outputs = run_step(engine, module, batch)
+            stage.after_step(self.model, outputs, batch, self.ctx)
+            progress = replace(progress, step=progress.step + 1, step_in_epoch=step_in_epoch + 1)
+            self.hooks.marks.setdefault("first_step", time.time())
+            self.meter.add(progress.step, progress.stage, progress.epoch, rate, total_rows, terms)
+            self.bar.update()
+            if self.meter.due and self._stop_wanted():
+                self._checkpoint(stage, state, progress)
+                raise Stopped(f"stopped on request at step {progress.step}; the same command continues")
+            every = training.checkpoint_every_steps
+            if every and progress.step % every == 0 and progress.step_in_epoch < plan_steps:
+                self._checkpoint(stage, state, progress)
+            if self._ended(progress):
+                break
         return progress
 
     def _set_lr(self, engine: Any, stage: Stage, rates: list[float], step: int, plan_steps: int) -> float:
@@ -222,14 +232,12 @@ class Worker:
         return progress
 
     def _checkpoint(self, stage: Stage, state: Any, progress: Progress) -> None:
-        if self.run is None:
-            return
+        """Take a snapshot (collective) and, on rank 0 of a stored run, start publishing it."""
         self.meter.flush()
-        exported = state.export()
-        snapshot = checkpoints.take(self.model, exported, stage.state(), progress)
-        if self.writer:
+        self.snapshot = checkpoints.take(self.model, state.export(), stage.state(), progress)
+        if self.run is not None and self.writer is not None:
             self.run.flush_metrics()
-            self.writer.save(snapshot)
+            self.writer.save(self.snapshot)
 
     def _stop_wanted(self) -> bool:
         flag = torch.tensor([float(self.ctx.rank == 0 and self.hooks.should_stop())], device=self.device)

@@ -11,12 +11,13 @@ from reid_dist.training.loop import Hooks, Stopped, Worker
 from tests.toy import build_toy, toy_recipe, toy_spec
 
 
-def train_toy(training: dict[str, Any], optimizer: str = "adam", initial: Snapshot | None = None) -> dict[str, Any]:
-    """Train the toy method; losses of every step and the final weights."""
+def train_toy(
+    training: dict[str, Any], optimizer: str = "adam", initial: Snapshot | None = None, stop_at: int | None = None
+) -> dict[str, Any]:
+    """Train the toy method; losses of every step and the final weights. `stop_at`: ask for a stop at that step."""
     recipe = toy_recipe(**training)
-    worker = Worker(
-        recipe, toy_spec(optimizer), build_toy, None, None, Hooks(), torch.device("cpu"), initial=initial  # type: ignore[arg-type]
-    )
+    hooks = Hooks(should_stop=lambda: stop_at is not None and worker.losses[-1]["step"] >= stop_at)
+    worker = Worker(recipe, toy_spec(optimizer), build_toy, None, None, hooks, torch.device("cpu"), initial=initial)  # type: ignore[arg-type]
     progress: Progress | None = None
     try:
         progress = worker.train()

@@ -1,0 +1,160 @@
+"""One self-contained HTML page of a run: `python -m jobs.report RUN [out=FILE]`.
+
+It joins what is stored: metrics, evaluations (jobs.evaluate), the card. Nothing is computed again, no model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from jobs._job import refuse_unknown_flags, run_job, split_words
+from reid_dist.errors import UserError
+
+USAGE = """usage: python -m jobs.report RUN [out=FILE] [data.root=URI]
+  RUN    a run's folder or s3:// prefix, evaluated before by jobs.evaluate
+  out=   where the page goes; default: report.html in the run"""
+
+logger = logging.getLogger("reid_dist.jobs.report")
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    words, values, flags = split_words(argv, USAGE)
+    refuse_unknown_flags(flags, set(), USAGE)
+    options = dict(word.split("=", 1) for word in values)
+    unknown = sorted(set(options) - {"out", "data.root"})
+    if len(words) != 1 or unknown:
+        raise UserError(f"unknown {', '.join(unknown)}. {USAGE.splitlines()[0]}" if unknown else USAGE.splitlines()[0])
+    return report(words[0], options.get("out"), options.get("data.root"))
+
+
+def report(uri: str, out: str | None = None, root: str | None = None) -> dict[str, Any]:
+    """Write the page; returns the job's record."""
+    from reid_dist.reporting import render_report
+    from reid_dist.runs import Run
+
+    run = Run.read(uri)
+    evaluations = [json.loads(run.store.read(entry.key)) for entry in run.store.list("evaluations/")]
+    if not evaluations:
+        raise UserError(f"{uri} was not evaluated yet: python -m jobs.evaluate {uri}")
+    page = render_report(page_input(run.card(), run.metrics(), evaluations, root))
+    if out:
+        with open(out, "w", encoding="utf-8") as file:
+            file.write(page)
+    else:
+        run.store.write("report.html", page.encode())
+    place = out or f"{run.uri}/report.html"
+    logger.info("report: %s (%.0f kB)", place, len(page) / 1000)
+    return {"run": run.uri, "report": place, "evaluations": len(evaluations)}
+
+
+def page_input(card: dict[str, Any], metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]], root: str | None) -> Any:
+    """The page's content from stored pieces."""
+    import yaml
+
+    from reid_dist import methods
+    from reid_dist.reporting import ReportInput
+    from reid_dist.reporting.sections import section_of
+
+    recipe = card["recipe"]
+    spec = methods.get(recipe["method"])
+    trained = [e for e in evaluations if e["record"]["checkpoint"] != "start"]
+    untrained = [e for e in evaluations if e["record"]["checkpoint"] == "start"]
+    main_one = max(trained or untrained, key=lambda e: e["record"]["step"])
+    named = {_row_name(e["record"], "trained"): e["record"] for e in sorted(trained, key=lambda e: -e["record"]["step"])}
+    named |= {_row_name(e["record"], "untrained"): e["record"] for e in untrained}
+    record = main_one["record"]
+    view, synthetic = _view(recipe, main_one, root)
+    return ReportInput(
+        title=f"{recipe['name']}: {spec.name} on {', '.join(record['tables'])}",
+        summary=f"{spec.reference.paper}. {record['protocol']} retrieval with the weights of {record['checkpoint']}, "
+        f"trained for {record['step']} steps on {recipe['training']['num_workers']} workers.",
+        metrics=named,
+        synthetic=synthetic,
+        command=card["command"],
+        recipe=yaml.safe_dump(recipe, sort_keys=False),
+        provenance=_provenance(card, record),
+        curves=_curves(metrics),
+        rank_lists=[_rank_list(entry, view) for entry in main_one["lists"]],
+        sections=[section_of(figure) for figure in main_one["figures"]],
+        metrics_note=f"Protocol {record['protocol']}; checkpoint chosen on: {record['selected_on']}.",
+    )
+
+
+def _row_name(record: dict[str, Any], word: str) -> str:
+    return f"{word} ({record['checkpoint']}, {record['protocol']}, {'+'.join(record['tables'])})"
+
+
+def _view(recipe: dict[str, Any], evaluation: dict[str, Any], root: str | None) -> tuple[Any, bool]:
+    from reid_dist.config import DataConfig, typed
+    from reid_dist.data.store import open_view
+
+    data = typed(DataConfig, recipe["data"] | {"root": root or evaluation["data"]["root"]}, "data")
+    view = open_view(data, evaluation["data"]["tables"], ("test", "query", "gallery"))
+    return view, any("synthetic" in table.facts.notes for table in view.tables)
+
+
+def _rank_list(entry: dict[str, Any], view: Any) -> Any:
+    import numpy as np
+
+    from reid_dist.reporting import RankedItem, RankList
+
+    query, text = entry["query"], entry["query_kind"] == "text"
+    rows = [item["row"] for item in entry["top"]]
+    pictures = view.encoded(np.array([query["row"], *rows], dtype=np.int64))
+    shows_text = entry["gallery_kind"] == "text"
+    items = [
+        RankedItem(
+            correct=item["correct"],
+            image=None if shows_text else picture,
+            text=view.captions[item["row"]][item["part"]] if shows_text else "",
+            label=f"id {item['pid']}",
+            score=item["score"],
+        )
+        for item, picture in zip(entry["top"], pictures[1:], strict=True)
+    ]
+    caption = view.captions[query["row"]][query["part"]] if text else ""
+    return RankList(items, caption, None if text else pictures[0], f"id {query['pid']}", ap=entry["ap"])
+
+
+def _curves(metrics: list[dict[str, Any]]) -> list[Any]:
+    from reid_dist.reporting import Curves
+
+    steps = [m for m in metrics if m["kind"] == "step"]
+    evals = [m for m in metrics if m["kind"] == "eval"]
+    skip = {"kind", "step", "stage", "epoch", "lr", "rows", "rows_per_s", "time"}
+    terms = list(dict.fromkeys(key for m in steps for key in m if key not in skip))
+
+    def series(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+        return [m["step"] for m in records if key in m], [m[key] for m in records if key in m]
+
+    curves = [
+        Curves("Loss terms (weighted)", {term: series(steps, term) for term in terms}),
+        Curves("Learning rate of the first group", {"lr": series(steps, "lr")}),
+        Curves("Training speed, rows per second over all workers", {"rows/s": series(steps, "rows_per_s")}),
+    ]
+    if evals:
+        names = ("rank1", "mAP", "mINP")
+        curves.insert(1, Curves("Selection split", {name: series(evals, name) for name in names}))
+    return curves
+
+
+def _provenance(card: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
+    from datetime import UTC, datetime
+
+    tables = card["data"] | record["tables"]
+    return {
+        "run": card["uri"],
+        "identity": card["identity"],
+        "data": "; ".join(f"{name}: {facts['rows']} rows, content {facts['content'][:12]}" for name, facts in tables.items()),
+        "code": f"{card['code']['digest'][:12]} (commit {card['code']['commit'] or 'unknown'})",
+        "seed": str(card["recipe"]["seed"]),
+        "started": datetime.fromtimestamp(card["created"], UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "attempts": f"{len(card['attempts'])}, restarts within them: {len(card['restarts'])}",
+        "libraries": ", ".join(f"{name} {version}" for name, version in card["libraries"].items()),
+    }
+
+
+if __name__ == "__main__":
+    run_job("report", main)

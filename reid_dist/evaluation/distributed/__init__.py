@@ -1,0 +1,1 @@
+"""What evaluation needs of models, tables and workers; the folder above knows arrays only."""

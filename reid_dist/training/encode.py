@@ -1,0 +1,33 @@
+"""Encoding one side of a retrieval with a loaded model, batch by batch, decoding ahead in threads."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from reid_dist.data.store import TableView
+from reid_dist.methods.spec import EvalSide
+from reid_dist.training.context import to_device
+from reid_dist.training.loaded import LoadedModel
+
+
+def encode_side(loaded: LoadedModel, view: TableView, side: EvalSide) -> dict[str, Tensor]:
+    """Named embeddings [N, D] (CPU, float32) of the side's items, in their order."""
+    recipe, spec = loaded.recipe, loaded.spec
+    size, ahead = recipe.evaluation.batch, max(1, recipe.data.prefetch)
+    pieces = [np.arange(start, min(start + size, len(side.rows))) for start in range(0, len(side.rows), size)]
+    outputs: list[dict[str, Tensor]] = []
+    with ThreadPoolExecutor(max_workers=recipe.data.loader_threads) as pool, torch.inference_mode():
+        waiting = [pool.submit(spec.eval_batch, recipe.model, view, side, index) for index in pieces[:ahead]]
+        for number in tqdm(range(len(pieces)), desc=f"encode {side.kind}s", unit="batch"):
+            batch = waiting.pop(0).result()
+            if number + ahead < len(pieces):
+                upcoming = pieces[number + ahead]
+                waiting.append(pool.submit(spec.eval_batch, recipe.model, view, side, upcoming))
+            out = spec.encode(loaded.model, to_device(batch, loaded.device))
+            outputs.append({name: value.float().cpu() for name, value in out.items()})
+    return {name: torch.cat([out[name] for out in outputs]) for name in outputs[0]}
