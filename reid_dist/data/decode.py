@@ -17,8 +17,9 @@ from PIL import Image, ImageOps
 
 from reid_dist.data.records import DatasetError
 
-# MPO is what some cameras write for a JPEG. Formats that run code or fetch files (EPS, ...) are never tried.
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "GIF")
+# Formats that run code or fetch files (EPS, ...) are never tried.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
+# (MPO is what some cameras write for a JPEG; the JPEG reader knows it.)
 _EXTENSIONS = {"JPEG": ("jpg", "jpeg"), "MPO": ("jpg", "jpeg"), "TIFF": ("tif", "tiff")}
 _ORIENTATION = 0x0112
 
@@ -38,7 +39,7 @@ class ImageFacts:
 
 def decode(data: bytes, name: str) -> np.ndarray:
     """uint8 [height, width, 3] of an encoded image. `name` is the file's, for the message. Raises DecodeError."""
-    return np.asarray(_load(data, name)[0])
+    return np.array(_load(data, name)[0])  # a copy, so that the caller may draw on it
 
 
 def inspect(data: bytes, name: str) -> ImageFacts:

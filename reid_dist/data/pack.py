@@ -19,8 +19,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +31,8 @@ import pyarrow as pa
 from reid_dist.data import layouts
 from reid_dist.data.decode import DecodeError, inspect
 from reid_dist.data.records import DatasetError, ParsedDataset, Record
-from reid_dist.data.store import METADATA, TableFacts, read_facts, table_uri
+from reid_dist.data.store import TableFacts, read_facts, table_uri
+from reid_dist.data.tables import SCHEMA, commit, file_key, referenced_files, store_file
 from reid_dist.errors import RunError, UserError
 from reid_dist.storage import StorageError, Store, lance_options, open_store
 
@@ -42,25 +41,6 @@ logger = logging.getLogger(__name__)
 PACK_VERSION = 1  # raise it when the same source gives another table
 CHUNK = 1024  # rows of one data file; part of what makes two packs the same
 READERS = 8  # threads per task that fetch images
-FILE_VERSION = "2.1"  # of Lance's data files
-
-SCHEMA = pa.schema(
-    [
-        pa.field("image", pa.large_binary(), nullable=False),  # as encoded by the dataset's authors
-        pa.field("sha256", pa.string(), nullable=False),
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("pid", pa.int64(), nullable=False),
-        pa.field("camid", pa.int64()),
-        pa.field("modality", pa.string(), nullable=False),
-        pa.field("tracklet", pa.int64()),
-        pa.field("frame", pa.int64()),
-        pa.field("domain", pa.string(), nullable=False),
-        pa.field("captions", pa.list_(pa.string()), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +54,11 @@ class Plan:
     digest: str  # of the source
     parsed: ParsedDataset
     present: TableFacts | None
+
+    @property
+    def tag(self) -> str:
+        """What the table's data files are named by."""
+        return self.digest[:16]
 
     @property
     def chunks(self) -> int:
@@ -150,7 +135,7 @@ def pack(todo: Plan, on_error: str = "stop", progress: bool = True) -> dict[str,
     try:
         results = _run_chunks(todo, store, on_error, progress)
         facts = _facts(todo, results)
-        version = _commit(todo, store, results, facts)
+        version = commit(todo.uri, todo.tag, results, facts)
     except BaseException:
         _remove_files(todo, store)
         raise
@@ -173,27 +158,22 @@ def _outcome(facts: TableFacts) -> dict[str, Any]:
 
 
 def _run_chunks(todo: Plan, store: Store, on_error: str, progress: bool) -> list[dict[str, Any]]:
-    """Results of all chunks in order. On the first failure the tasks not yet begun do nothing, and all are waited for."""
+    """Results of all chunks in order. After the first failure the tasks not yet begun do nothing; all are waited for."""
     import ray.data
     from tqdm import tqdm
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # our own bar says how far it is
     stop = f".tmp-stop-{uuid.uuid4().hex}"
-    call = {"source": todo.source, "table": todo.uri, "tag": todo.digest[:16], "on_error": on_error, "stop": stop}
-    rows = [
-        {
-            "chunk": i,
-            "records": json.dumps([dataclasses.asdict(r) for r in todo.parsed.records[i * CHUNK : (i + 1) * CHUNK]]),
-        }
-        for i in range(todo.chunks)
-    ]
+    call = {"source": todo.source, "table": todo.uri, "tag": todo.tag, "on_error": on_error, "stop": stop}
+    parts = [todo.parsed.records[i * CHUNK : (i + 1) * CHUNK] for i in range(todo.chunks)]
+    rows = [{"chunk": i, "records": json.dumps(list(map(dataclasses.asdict, part)))} for i, part in enumerate(parts)]
     chunks = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _pack_chunk, batch_size=1, batch_format="pandas", fn_kwargs=call
     )
     results: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
-    bar = tqdm(
-        total=len(todo.parsed.records), desc=f"pack {todo.name}", unit="image", disable=not progress, mininterval=0.5
-    )
+    total = len(todo.parsed.records)
+    bar = tqdm(total=total, desc=f"pack {todo.name}", unit="image", disable=not progress, mininterval=0.5)
     try:
         with bar:
             for answer in chunks.iter_rows():
@@ -201,7 +181,8 @@ def _run_chunks(todo: Plan, store: Store, on_error: str, progress: bool) -> list
                 bar.update(result["images"])
                 (failed if "error" in result else results).append(result)
                 if "error" in result and len(failed) == 1:
-                    store.write(stop, b"")
+                    with contextlib.suppress(RunError):  # then the others run to their end
+                        store.write(stop, b"")
     finally:
         with contextlib.suppress(RunError):
             store.delete(stop)
@@ -263,7 +244,7 @@ def _write_chunk(
     plain = [{key: value for key, value in row.items() if key != "image"} for row in rows]
     done["digest"] = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
     if rows:
-        done["size"] = _store_file(pa.Table.from_pylist(rows, schema=SCHEMA), open_store(table), _file_key(tag, number))
+        done["size"] = store_file(pa.Table.from_pylist(rows, schema=SCHEMA), open_store(table), file_key(tag, number))
     return done
 
 
@@ -282,24 +263,7 @@ def _images(store: Store, records: Sequence[Record]) -> Iterator[tuple[Record, b
             yield from zip(some, pool.map(read, some), strict=True)
 
 
-def _file_key(tag: str, number: int) -> str:
-    return f"data/{tag}-{number:06d}.lance"
-
-
-def _store_file(rows: pa.Table, store: Store, key: str) -> int:
-    """Write a Lance data file locally and publish it; returns its bytes."""
-    from lance.file import LanceFileWriter
-
-    with tempfile.TemporaryDirectory(prefix="reid-pack-") as folder:
-        path = os.path.join(folder, "file.lance")
-        with LanceFileWriter(path, SCHEMA, version=FILE_VERSION) as writer:
-            for batch in rows.to_batches():
-                writer.write_batch(batch)
-        store.upload(key, path)
-        return os.path.getsize(path)
-
-
-# --- the commit
+# --- the end
 
 
 def _facts(todo: Plan, results: Sequence[Mapping[str, Any]]) -> TableFacts:
@@ -322,76 +286,10 @@ def _facts(todo: Plan, results: Sequence[Mapping[str, Any]]) -> TableFacts:
     )
 
 
-def _commit(todo: Plan, store: Store, results: Sequence[Mapping[str, Any]], facts: TableFacts) -> int:
-    """Make the data files the table's next version. Raises StorageError when one of them is not there as written."""
-    import lance
-    from lance.fragment import DataFile, FragmentMetadata
-
-    tag = todo.digest[:16]
-    files = [result for result in results if result["rows"]]
-    there = {entry.key: entry.size for entry in store.list("data/")}
-    for result in files:
-        if there.get(_file_key(tag, result["chunk"])) != result["size"]:
-            raise StorageError(
-                f"{todo.uri}: data file {result['chunk']} vanished before the commit; run the pack again"
-            )
-    major, minor = (int(part) for part in FILE_VERSION.split("."))
-    leaves = _leaf_ids(SCHEMA)
-    fragments = [
-        FragmentMetadata(
-            id=place,
-            files=[
-                DataFile(
-                    _file_key(tag, result["chunk"]).removeprefix("data/"),
-                    fields=leaves,
-                    column_indices=list(range(len(leaves))),
-                    file_major_version=major,
-                    file_minor_version=minor,
-                    file_size_bytes=result["size"],
-                )
-            ],
-            physical_rows=result["rows"],
-        )
-        for place, result in enumerate(files)
-    ]
-    schema = SCHEMA.with_metadata({METADATA: json.dumps(dataclasses.asdict(facts), sort_keys=True).encode()})
-    try:
-        dataset = lance.LanceDataset.commit(
-            todo.uri, lance.LanceOperation.Overwrite(schema, fragments), storage_options=lance_options(todo.uri) or None
-        )
-    except OSError as error:
-        raise StorageError(f"{todo.uri}: the commit failed: {' '.join(str(error).split())[:200]}") from None
-    return int(dataset.version)
-
-
-def _leaf_ids(schema: pa.Schema) -> list[int]:
-    """Lance numbers fields in pre-order, a list before its items; only leaves have a column in a data file."""
-    leaves: list[int] = []
-    number = 0
-    for item in schema:
-        if pa.types.is_list(item.type):
-            number += 1
-        leaves.append(number)
-        number += 1
-    return leaves
-
-
 def _remove_files(todo: Plan, store: Store) -> None:
     """Undo a failed pack: its data files, unless a version of the table refers to them."""
     with contextlib.suppress(RunError):
         kept = referenced_files(todo.uri)
-        for entry in store.list(f"data/{todo.digest[:16]}-"):
+        for entry in store.list(f"data/{todo.tag}-"):
             if entry.key not in kept:
                 store.delete(entry.key)
-
-
-def referenced_files(uri: str) -> set[str]:
-    """Keys of the data files that any version of a table needs; empty when there is no table."""
-    import lance
-
-    if not open_store(uri).list("_versions/"):
-        return set()
-    options = lance_options(uri) or None
-    versions = [v["version"] for v in lance.dataset(uri, storage_options=options).versions()]
-    opened = [lance.dataset(uri, version=version, storage_options=options) for version in versions]
-    return {f"data/{file.path}" for ds in opened for fragment in ds.get_fragments() for file in fragment.data_files()}

@@ -93,7 +93,11 @@ def open_table(root: str, name: str, version: int | None = None, cache: NodeCach
             raise UserError(f"table {name} under {root} has no version {version}") from None
         raise CorruptionError(f"table {uri} cannot be opened: {' '.join(str(error).split())[:200]}") from None
     facts = read_facts(dataset)
-    return Table(name, int(dataset.version), facts, _columns(dataset), dataset)
+    try:
+        columns = _columns(dataset)
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise CorruptionError(f"table {uri} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    return Table(name, int(dataset.version), facts, columns, dataset)
 
 
 def read_facts(dataset: Any) -> TableFacts:
@@ -219,7 +223,7 @@ class TableView:
         return [str(digest) for digest in self._column("sha256")[rows]]
 
     def encoded(self, rows: np.ndarray | Sequence[int]) -> list[bytes]:
-        """Encoded images of `rows` of the view, in that order; one take per table. Thread-safe. Raises CorruptionError."""
+        """Encoded images of `rows` of the view, in that order; one take per table. Raises CorruptionError."""
         wanted = self.rows[np.asarray(rows, dtype=np.int64)]
         result: list[bytes] = [b""] * len(wanted)
         owner = np.searchsorted(self._starts, wanted, side="right") - 1

@@ -1,0 +1,43 @@
+"""Small tables for tests, made by the pack job's own functions without Ray."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from reid_dist.data import pack, tables
+from reid_dist.data.records import ParsedDataset, Record
+from reid_dist.data.store import table_uri
+from reid_dist.storage import open_store
+
+
+def jpeg(number: int, height: int = 32, width: int = 16) -> bytes:
+    """A JPEG of noise that is `number`'s alone."""
+    image = np.random.default_rng(number).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "JPEG", quality=95)
+    return stream.getvalue()
+
+
+def write_table(
+    root: str, name: str, records: Sequence[Record], images: Sequence[bytes], raw: Path, chunk: int = 4
+) -> int:
+    """Write images below `raw` and pack them into the table; returns its version."""
+    for record, image in zip(records, images, strict=True):
+        path = raw / record.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+    uri = table_uri(open_store(root).uri, name)
+    parsed = ParsedDataset(name=name, records=tuple(records))
+    digest = pack.source_digest(name, parsed, {r.path: len(i) for r, i in zip(records, images, strict=True)}, {})
+    todo = pack.Plan(name, name, str(raw), uri, digest, parsed, None)
+    results = []
+    for number in range(-(-len(records) // chunk)):
+        part = records[number * chunk : (number + 1) * chunk]
+        done = pack._write_chunk(number, part, str(raw), uri, todo.tag, "stop")
+        results.append({"chunk": number, "images": len(part), **done})
+    return tables.commit(uri, todo.tag, results, pack._facts(todo, results))
