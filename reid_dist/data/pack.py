@@ -30,6 +30,7 @@ import pyarrow as pa
 
 from reid_dist.data import layouts
 from reid_dist.data.decode import DecodeError, inspect
+from reid_dist.data.members import load_image
 from reid_dist.data.records import DatasetError, ParsedDataset, Record
 from reid_dist.data.store import TableFacts, read_facts, table_uri
 from reid_dist.data.tables import SCHEMA, commit, file_key, referenced_files, store_file
@@ -107,9 +108,10 @@ def source_digest(layout: str, parsed: ParsedDataset, sizes: Mapping[str, int], 
         json.dumps([PACK_VERSION, CHUNK, layout, dict(options)], sort_keys=True, default=str).encode()
     )
     for record in parsed.records:
-        if record.path not in sizes:
+        file = record.path if record.path in sizes else record.path.partition("#")[0]
+        if file not in sizes:
             raise DatasetError(f"{record.path}: this image is named by the annotations, but it is not there")
-        digest.update(json.dumps([dataclasses.astuple(record), sizes[record.path]]).encode())
+        digest.update(json.dumps([dataclasses.astuple(record), sizes[file]]).encode())
     return digest.hexdigest()
 
 
@@ -162,7 +164,7 @@ def _run_chunks(todo: Plan, store: Store, on_error: str, progress: bool) -> list
     import ray.data
     from tqdm import tqdm
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # our own bar says how far it is
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own bar says how far it is
     stop = f".tmp-stop-{uuid.uuid4().hex}"
     call = {"source": todo.source, "table": todo.uri, "tag": todo.tag, "on_error": on_error, "stop": stop}
     parts = [todo.parsed.records[i * CHUNK : (i + 1) * CHUNK] for i in range(todo.chunks)]
@@ -253,7 +255,7 @@ def _images(store: Store, records: Sequence[Record]) -> Iterator[tuple[Record, b
 
     def read(record: Record) -> bytes:
         try:
-            return store.read(record.path)
+            return load_image(store, record.path)
         except FileNotFoundError:
             raise DatasetError(f"{store.uri}/{record.path} is gone, or this node does not see that folder") from None
 

@@ -18,6 +18,12 @@ class Record:
 
     `split` is "train", "val", "query" or "gallery"; text sets use "train", "val" and "test" (a test row is gallery by its image
     and query by its captions). Cameras count from 0; None says that the set has none, and takes no part in camera rules.
+    SYSU-MM01 and LLCM keep the camera numbers (from 1) that their protocols are written on.
+
+    A set with several train/test divisions (RegDB, the four small ones, iLIDS-VID, CUHK03 classic) still has one record
+    per image: `trials` holds the row's split in each division ("" where it takes no part), and `split` is that of the
+    first ("unused" for none). An image that is part of a file (a box of a scene, a cell of a .mat) has a path
+    `<file>#<member>`.
     """
 
     path: str  # relative POSIX path below the dataset root, original spelling
@@ -29,6 +35,7 @@ class Record:
     frame: int | None = None
     domain: str = ""  # the dataset's name
     captions: tuple[str, ...] = ()
+    trials: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -120,18 +120,20 @@ def _columns(dataset: Any) -> dict[str, np.ndarray]:
         columns[name] = np.array(table[name].to_pylist(), dtype=np.str_)
     columns["path"] = np.array(table["path"].to_pylist(), dtype=object)
     columns["sha256"] = np.array(table["sha256"].to_pylist(), dtype=object)
-    captions = np.empty(table.num_rows, dtype=object)
-    captions[:] = [tuple(texts or ()) for texts in table["captions"].to_pylist()]
-    columns["captions"] = captions
+    for name in ("captions", "trials"):
+        texts = np.empty(table.num_rows, dtype=object)
+        texts[:] = [tuple(row or ()) for row in table[name].to_pylist()]
+        columns[name] = texts
     return columns
 
 
 class TableView:
     """Rows over one or more tables, in order. Arrays are read-only, [N] over the view's rows."""
 
-    def __init__(self, tables: Sequence[Table], rows: np.ndarray | None = None) -> None:
-        """`rows`: int64 [N] over the tables' rows laid end to end; None: all."""
+    def __init__(self, tables: Sequence[Table], rows: np.ndarray | None = None, in_trial: int = 0) -> None:
+        """`rows`: int64 [N] over the tables' rows laid end to end; None: all. `in_trial`: whose splits are shown."""
         self.tables = tuple(tables)
+        self.in_trial = in_trial
         self._starts = np.cumsum([0, *(table.facts.rows for table in self.tables)])
         self.rows = np.arange(self._starts[-1]) if rows is None else np.asarray(rows, dtype=np.int64)
         self._cached: dict[str, np.ndarray] = {}
@@ -173,8 +175,34 @@ class TableView:
 
     @property
     def split(self) -> np.ndarray:
-        """str: "train", "val", "query", "gallery", "test"."""
-        return self._column("split")
+        """str: "train", "val", "query", "gallery", "test" ("unused": none of them in this trial)."""
+        if not self.in_trial:
+            return self._column("split")
+        return np.array([trials[self.in_trial] or "unused" for trials in self.trials], dtype=np.str_)
+
+    @property
+    def trials(self) -> np.ndarray:
+        """object: tuple[str, ...] per row, its split in each trial of its set ("": none); () for sets without trials."""
+        return self._column("trials")
+
+    @functools.cached_property
+    def num_trials(self) -> int:
+        """Trials (train/test divisions) of these rows' sets, 1 for a set without."""
+        return max(1, min((len(trials) for trials in self.trials), default=1))
+
+    def trial(self, number: int) -> TableView:
+        """The same rows with the splits of one trial, from 0. Raises UserError when there is no such trial."""
+        if not 0 <= number < self.num_trials:
+            raise UserError(f"{self.describe()}: there is no trial {number}; it has {self.num_trials}, from 0")
+        return TableView(self.tables, self.rows, number)
+
+    def trial_rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(row int64 [M], trial int64 [M], split str [M]): every row once for each trial it takes part in, by trial."""
+        if self.num_trials == 1:
+            return np.arange(len(self)), np.zeros(len(self), dtype=np.int64), self.split
+        splits = np.array([trials[: self.num_trials] for trials in self.trials], dtype=np.str_).T
+        trial, row = np.nonzero(splits != "")
+        return row, trial, splits[trial, row]
 
     @property
     def modality(self) -> np.ndarray:
@@ -244,7 +272,8 @@ class TableView:
         chosen = np.asarray(chosen)
         if chosen.dtype == np.bool_ and len(chosen) != len(self):
             raise ValueError(f"mask of {len(chosen)} for a view of {len(self)} rows")
-        return TableView(self.tables, self.rows[chosen if chosen.dtype == np.bool_ else chosen.astype(np.int64)])
+        rows = self.rows[chosen if chosen.dtype == np.bool_ else chosen.astype(np.int64)]
+        return TableView(self.tables, rows, self.in_trial)
 
     def hold_out(self, fraction: float, seed: int) -> tuple[TableView, TableView]:
         """(the rest, rows of `fraction` of the identities). Whole identities, chosen per domain by `seed` alone.

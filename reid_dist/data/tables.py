@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
         pa.field("frame", pa.int64()),
         pa.field("domain", pa.string(), nullable=False),
         pa.field("captions", pa.list_(pa.string()), nullable=False),
+        pa.field("trials", pa.list_(pa.string()), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
     ]

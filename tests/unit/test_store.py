@@ -276,7 +276,7 @@ def test_remote_table_through_the_cache(s3: S3Server, tmp_path: Path) -> None:  
 
 
 def test_schema_is_what_the_design_says() -> None:
-    wanted = "image sha256 path split pid camid modality tracklet frame domain captions height width"
+    wanted = "image sha256 path split pid camid modality tracklet frame domain captions trials height width"
     assert SCHEMA.names == wanted.split()
 
 
