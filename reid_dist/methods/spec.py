@@ -122,6 +122,10 @@ class Stage:
     def schedule(self) -> ScheduleConfig:
         raise TypeError(f"stage {self.name} has no schedule")
 
+    def rate(self, base_lr: float, t: int, total: int) -> float | None:
+        """A group's learning rate at time `t` of `total`, from 0, as `schedule().unit` counts; None: the schedule's own."""
+        return None
+
     def begin_stage(self, model: nn.Module, ctx: Context) -> None: ...
 
     def begin_epoch(self, model: nn.Module, ctx: Context) -> None: ...

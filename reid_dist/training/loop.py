@@ -214,7 +214,8 @@ class Worker:
         else:
             t, total = self.ctx.epoch, stage.epochs
         for group, base in zip(engine.optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr_at(base, t, total, schedule)
+            own = stage.rate(base, t, total)
+            group["lr"] = lr_at(base, t, total, schedule) if own is None else own
         return float(engine.optimizer.param_groups[0]["lr"])
 
     def _end_epoch(self, stage: Stage, state: Any, progress: Progress, last: bool) -> Progress:
