@@ -67,6 +67,9 @@ def connect(num_cpus: float | None = None) -> Iterator[None]:
             object_store_memory=256 * 1024**2,
             _temp_dir=str(folder),
             _node_ip_address="127.0.0.1",
+            # A private cluster has no dashboard, so Ray Train's clean-up actor cannot ask the state API and would say so
+            # every second; our own loggers set their levels themselves.
+            logging_config=ray.LoggingConfig(log_level="ERROR"),
         )
         logger.info("private Ray cluster started (%s)", folder)
         yield

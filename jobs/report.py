@@ -136,7 +136,7 @@ def _curves(metrics: list[dict[str, Any]]) -> list[Any]:
     ]
     if evals:
         names = ("rank1", "mAP", "mINP")
-        curves.insert(1, Curves("Selection split", {name: series(evals, name) for name in names}))
+        curves.insert(1, Curves("Selection split", {name: series(evals, name) for name in names}, percent=True))
     return curves
 
 

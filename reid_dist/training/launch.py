@@ -74,7 +74,7 @@ def fit(recipe: Recipe, run: Run) -> dict[str, Any]:
 
 
 def _one_try(recipe: Recipe, run: Run, number: int) -> dict[str, Any]:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     needs = resources(recipe)
@@ -95,6 +95,7 @@ def _one_try(recipe: Recipe, run: Run, number: int) -> dict[str, Any]:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=0),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
         torch_config=TorchConfig(
             backend="nccl" if "GPU" in needs else "gloo", timeout_s=recipe.training.collective_timeout_s
@@ -174,7 +175,6 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     import ray.train
     import torch
 
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
     from reid_dist.training.selection import evaluator
