@@ -1,5 +1,6 @@
-"""Images that are part of a file: `<file>#xywh=x,y,w,h` is a box of a picture (CUHK-SYSU's scenes), `<file>#<key>/<name>`
-a cell of a MATLAB 7.3 file (CUHK03's classic release). They come out as PNG, which keeps every pixel.
+"""Images that are part of a file: `<file>#xywh=x,y,w,h` is a box of a picture (CUHK-SYSU's scenes; cut at the
+picture's edge), `<file>#<key>/<name>` a cell of a MATLAB 7.3 file (CUHK03's classic release). They come out as PNG,
+which keeps every pixel.
 
 Every other path is a file and comes out as it is stored.
 """
@@ -32,12 +33,12 @@ def load_image(store: Store, path: str) -> bytes:
         left, top, width, height = (int(number) for number in box.groups()[1:])
         scene = _scene(store, box[1])
         crop = scene[top : top + height, left : left + width]
-        if crop.shape[:2] != (height, width) or not crop.size:
-            raise DatasetError(f"{store.uri}: {path} reaches beyond its picture of {scene.shape[1]} x {scene.shape[0]}")
+        if not crop.size:
+            raise DatasetError(f"{store.uri}: {path} lies outside its picture of {scene.shape[1]} x {scene.shape[0]}")
         return _png(crop)
     if cell := _CELL.fullmatch(path):
-        pair, person, view, number = (int(text) for text in cell.groups()[2:])
-        return _png(read_cell(open_hdf5(store, cell[1]), cell[2], pair, person, view, number))
+        pair, person, _, number = (int(text) for text in cell.groups()[2:])
+        return _png(read_cell(open_hdf5(store, cell[1]), cell[2], pair, person, number))
     return store.read(path)
 
 
@@ -79,10 +80,12 @@ def _hdf5(path: str, name: str) -> Any:
         raise DatasetError(f"{name} is not a MATLAB 7.3 (HDF5) file; fetch the authors' own again") from None
 
 
-def read_cell(file: Any, key: str, pair: int, person: int, view: int, number: int) -> np.ndarray:
-    """uint8 [height, width, 3] of one cell; pair, person, view and number count from 1. MATLAB's arrays are transposed."""
+def read_cell(file: Any, key: str, pair: int, person: int, number: int) -> np.ndarray:
+    """uint8 [height, width, 3] of one cell; pair, person, number (1 to 10) count from 1. MATLAB's arrays are
+    transposed.
+    """
     cells = file[file[key][0][pair - 1]]
-    array = np.asarray(file[cells[(view - 1) * 5 + number - 1][person - 1]])
+    array = np.asarray(file[cells[number - 1][person - 1]])
     return np.ascontiguousarray(array.transpose(2, 1, 0))
 
 

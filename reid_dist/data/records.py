@@ -16,9 +16,9 @@ class DatasetError(UserError):
 class Record:
     """One image (or video frame) of a dataset.
 
-    `split` is "train", "val", "query" or "gallery"; text sets use "train", "val" and "test" (a test row is gallery by its image
-    and query by its captions). Cameras count from 0; None says that the set has none, and takes no part in camera rules.
-    SYSU-MM01 and LLCM keep the camera numbers (from 1) that their protocols are written on.
+    `split` is "train", "val", "query" or "gallery"; text sets use "train", "val" and "test" (a test row is gallery by
+    its image and query by its captions). Cameras count from 0; None says that the set has none, and takes no part in
+    camera rules. SYSU-MM01 and LLCM keep the camera numbers (from 1) that their protocols are written on.
 
     A set with several train/test divisions (RegDB, the four small ones, iLIDS-VID, CUHK03 classic) still has one record
     per image: `trials` holds the row's split in each division ("" where it takes no part), and `split` is that of the
@@ -46,20 +46,31 @@ class ParsedDataset:
     records: tuple[Record, ...]
     ignored: tuple[str, ...] = ()  # housekeeping files that were passed over (Thumbs.db, .DS_Store, ...)
     warnings: tuple[str, ...] = ()  # published counts that do not match, and the like
-    notes: dict[str, str] = field(default_factory=dict)  # facts a reader of the table wants (variant loaded, annotation file)
+    notes: dict[str, str] = field(
+        default_factory=dict
+    )  # facts a reader of the table wants (variant loaded, annotation file)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """{split: {"ids", "images", "cameras", "captions"}}."""
-        result: dict[str, dict[str, int]] = {}
-        for split in dict.fromkeys(r.split for r in self.records):
-            rows = [r for r in self.records if r.split == split]
-            result[split] = {
-                "ids": len({r.pid for r in rows}),
-                "images": len(rows),
-                "cameras": len({r.camid for r in rows if r.camid is not None}),
-                "captions": sum(len(r.captions) for r in rows),
-            }
-        return result
+        splits = dict.fromkeys(r.split for r in self.records)
+        return {split: self.count_of([r for r in self.records if r.split == split]) for split in splits}
+
+    @staticmethod
+    def count_of(rows: Sequence[Record]) -> dict[str, int]:
+        """{"ids", "images", "cameras", "captions"} of some rows, and their "tracklets" where there are any."""
+        numbers = {
+            "ids": len({r.pid for r in rows}),
+            "images": len(rows),
+            "cameras": len({r.camid for r in rows if r.camid is not None}),
+            "captions": sum(len(r.captions) for r in rows),
+        }
+        tracklets = len({r.tracklet for r in rows if r.tracklet is not None})
+        return numbers | ({"tracklets": tracklets} if tracklets else {})
+
+
+def first_split(trials: Sequence[str]) -> str:
+    """`Record.split` of a row with these trials."""
+    return trials[0] or "unused"
 
 
 def label_map(pids: Sequence[int]) -> dict[int, int]:

@@ -107,7 +107,7 @@ def test_every_layout_says_what_it_wants(name: str, tmp_path) -> None:
     layout = layouts.get(name)
     assert layout.tree.strip()
     assert layout.obtain.strip()
-    assert layout.task in ("text", "image", "video", "visible-infrared")
+    assert layout.task in ("text", "image", "video", "visible-infrared", "any")
     assert all(counts for counts in layout.expected.values())
     with pytest.raises(DatasetError, match="no files"):
         layout.parse(ShuffledStore(tmp_path))

@@ -9,17 +9,19 @@ in *every* split; the published code shifts training ids alone, which names two 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reid_dist.data.layouts._files import Folder
 from reid_dist.data.layouts.base import Sample, Tree
 from reid_dist.data.records import DatasetError, Record
 
 SPLITS = ("train", "val", "test")
+DIVERSITY = ("diversity_captions", "val_diversity_captions")
+Groups = tuple[tuple[str, ...], ...]  # of one caption: sub-sentences, each a group of paraphrases
 _USED = {"split", "id", "captions"}
 _IMAGE = re.compile(r"(?i).+\.(?:jpg|jpeg|png|bmp)")
 
@@ -34,21 +36,26 @@ class CaptionSet:
     folder: str = "imgs/"  # where image paths start, below the root
     first_id: int = 0  # smallest id in the file; subtracted in all splits
     splits: tuple[str, ...] = SPLITS
+    stem: str = ""  # what the annotation file's name begins with, when it goes on in several ways
 
     def records(self, tree: Tree) -> list[Record]:
         """Parse the annotation file against the tree. Raises DatasetError naming file, entry and value."""
-        path = tree.one_of(*self.files)
+        path = tree.one_of(*self._names(tree))
         entries = tree.read_json(path)
         where = f"{tree.store.uri}: {path}"
         if not isinstance(entries, list) or not entries:
             raise DatasetError(f"{where}: expected a list of images, found {type(entries).__name__} without any")
         records: dict[str, Record] = {}
         for number, entry in enumerate(entries):
-            record = self._record(tree, entry, f"{where}, entry {number}")
-            if record.path in records:
-                raise DatasetError(f"{where}, entry {number}: {record.path} is listed twice; keep one entry per image")
-            records[record.path] = record
-        self._check_train_ids(where, records.values())
+            with tree.noting():
+                record = self._record(tree, entry, f"{where}, entry {number}")
+                if record.path in records:
+                    raise DatasetError(
+                        f"{where}, entry {number}: {record.path} is listed twice; keep one entry per image"
+                    )
+                records[record.path] = record
+        with tree.noting():
+            self._check_train_ids(where, records.values())
         self._pass_over_rest(tree)
         tree.notes["annotation"] = path
         if self.first_id:
@@ -57,6 +64,30 @@ class CaptionSet:
         if extra:
             tree.notes["unread keys"] = ", ".join(extra)
         return list(records.values())
+
+    def diversity(self, tree: Tree) -> dict[str, tuple[Groups, ...]]:
+        """{image path: per caption its groups of interchangeable sub-sentences} of the entries that have them (RDA).
+
+        The file holds, parallel to `captions`, a text (one group of one) or a list of groups; test entries may call it
+        `val_diversity_captions`. Raises DatasetError naming the entry when lengths or kinds are wrong.
+        """
+        path = tree.one_of(*self._names(tree))
+        found: dict[str, tuple[Groups, ...]] = {}
+        for number, entry in enumerate(tree.read_json(path)):
+            key = next((key for key in DIVERSITY if key in entry), None)
+            if key is None:
+                continue
+            where = f"{tree.store.uri}: {path}, entry {number}"
+            if not isinstance(entry[key], list) or len(entry[key]) != len(entry["captions"]):
+                raise DatasetError(f"{where}: {key} must be a list of {len(entry['captions'])}, one for each caption")
+            found[self.folder + entry[self.image_key]] = tuple(_groups(item, f"{where}: {key}") for item in entry[key])
+        return found
+
+    def _names(self, tree: Tree) -> tuple[str, ...]:
+        found = [
+            path for path in tree.sizes if "/" not in path and path.endswith(".json") and path.startswith(self.stem)
+        ]
+        return tuple(found) if self.stem and found else self.files
 
     def _record(self, tree: Tree, entry: Any, where: str) -> Record:
         if not isinstance(entry, dict):
@@ -108,19 +139,29 @@ class CaptionSet:
         if spare:
             tree.warnings.append(f"{len(spare)} images without an entry, for example {min(spare)}")
 
-    def write(self, folder: Path, samples: Iterable[Sample], place: Any) -> None:
+    def write(self, folder: Path, samples: Iterable[Sample], place: Any) -> list[str]:
         """Write `samples` below `folder`; `place(sample)` names an image below the image folder. One entry per
-        sample, in order.
+        sample, in order. Returns the images' paths.
         """
-        entries = []
+        entries, tree = [], Folder(folder)
         for sample in samples:
             if sample.split not in self.splits:
                 raise ValueError(f"{self.name} has no split {sample.split!r}")
             image = place(sample)
-            target = folder / self.folder / image
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(sample.image)
+            tree.image(self.folder + image, sample.image)
             entry = {"split": sample.split, "id": sample.pid + self.first_id, self.image_key: image}
-            entries.append({**entry, "captions": list(sample.captions)})
-        text = json.dumps(entries, ensure_ascii=False, indent=0)
-        (folder / self.files[0]).write_text(text + "\n", encoding="utf-8")
+            entry["captions"] = list(sample.captions)
+            if sample.diversity:
+                entry[DIVERSITY[sample.split != "train"]] = [[list(g) for g in groups] for groups in sample.diversity]
+            entries.append(entry)
+        tree.json(self.files[0], entries)
+        return tree.paths
+
+
+def _groups(item: Any, where: str) -> Groups:
+    if isinstance(item, str):
+        item = [[item]]
+    whole = isinstance(item, list) and item and all(isinstance(g, list) and g for g in item)
+    if not whole or not all(isinstance(text, str) and text.strip() for group in item for text in group):
+        raise DatasetError(f"{where}: expected a text, or a list of groups of texts, found {item!r:.80}")
+    return tuple(tuple(group) for group in item)

@@ -8,15 +8,21 @@ layout then does not claim is an error in strict mode and a warning otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
+
+from reid_dist.data.decode import inspect as inspect_image
+from reid_dist.data.members import load_image
 from reid_dist.data.records import DatasetError, ParsedDataset, Record
 from reid_dist.errors import UserError
 from reid_dist.storage.base import Store
@@ -36,10 +42,14 @@ class Sample:
 
     split: str
     pid: int
-    image: bytes  # encoded JPEG
+    image: bytes  # encoded; a layout of another format than JPEG converts it without loss
     camid: int | None = None
-    frame: int = 0  # numbers the images of one (pid, camid)
+    frame: int = 0  # numbers the images of one (pid, camid), or of one tracklet
     captions: tuple[str, ...] = ()
+    modality: str = "rgb"
+    tracklet: int | None = None  # unique in the dataset
+    trials: tuple[str, ...] = ()
+    diversity: tuple[tuple[tuple[str, ...], ...], ...] = ()  # per caption: sub-sentences, each a list of paraphrases
 
 
 @dataclass
@@ -50,6 +60,7 @@ class Tree:
     strict: bool
     sizes: dict[str, int]  # {relative path: bytes}, sorted bytewise, without housekeeping
     ignored: tuple[str, ...]
+    problems: list[str] | None = None  # collects what is wrong instead of stopping at the first (Layout.check)
     unclaimed: set[str] = field(init=False)
     warnings: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
@@ -63,6 +74,35 @@ class Tree:
         if not found:
             raise DatasetError(f"{self.store.uri}: no files below {folder}/; {self._top()}")
         return found
+
+    def inside(self, *folders: str) -> str:
+        """The first of `folders` that is in the tree, with a slash, or "" when the root holds its content itself."""
+        found = (f"{folder}/" for folder in folders if any(path.startswith(f"{folder}/") for path in self.sizes))
+        return next(found, "")
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Around one file or entry: while checking, what is wrong with it is noted and the next one follows."""
+        try:
+            yield
+        except DatasetError as error:
+            if self.problems is None:
+                raise
+            self.problems.append(str(error))
+
+    def matched(self, folder: str, pattern: re.Pattern[str], example: str) -> Iterator[tuple[str, re.Match[str]]]:
+        """(path, match of the part below `folder/`) of every file there, sorted; the files are claimed.
+
+        Raises DatasetError for a folder without files, an empty file and, in strict mode, another name; otherwise such
+        files stay unclaimed.
+        """
+        for path in self.below(folder):
+            found = pattern.fullmatch(path[len(folder) + 1 :])
+            with self.noting():
+                if found is None and self.strict:
+                    refuse_name(self, path, example)
+                if found is not None:
+                    yield self.image(path), found
 
     def one_of(self, *paths: str) -> str:
         """The one of `paths` that exists. Raises DatasetError when none does, or several do."""
@@ -93,6 +133,38 @@ class Tree:
         self.claim(path)
         return path
 
+    def read_lines(self, path: str) -> list[str]:
+        """Non-empty lines of a UTF-8 text file, stripped, whatever its line ends. Claims it. Raises DatasetError."""
+        self.one_of(path)
+        try:
+            lines = self.store.read(path).decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise DatasetError(f"{self.store.uri}: {path} is not UTF-8 text: {error}") from None
+        return [line.strip() for line in lines if line.strip()]
+
+    def read_mat(self, path: str, key: str, records: bool = False) -> np.ndarray:
+        """One variable of a MATLAB file before 7.3; `records`: structures as objects, single values without their axes.
+
+        Claims the file. Raises DatasetError.
+        """
+        from scipy.io import loadmat
+
+        self.one_of(path)
+        try:
+            content = loadmat(
+                io.BytesIO(self.store.read(path)), squeeze_me=records, struct_as_record=not records, appendmat=False
+            )
+        except (ValueError, TypeError, OSError, NotImplementedError) as error:
+            raise DatasetError(f"{self.store.uri}: {path} is not a MATLAB file of version 4 to 7.2: {error}") from None
+        if key not in content:
+            names = ", ".join(sorted(name for name in content if not name.startswith("__")))
+            raise DatasetError(f"{self.store.uri}: {path} holds {names or 'nothing'}, not {key}")
+        return np.asarray(content[key])
+
+    def wrong(self, path: str, what: str) -> DatasetError:
+        """The error that says what is wrong with a file."""
+        return DatasetError(f"{self.store.uri}: {path} {what}")
+
     def read_json(self, path: str) -> Any:
         """A JSON file, UTF-8 with or without a byte-order mark. Raises DatasetError."""
         try:
@@ -111,12 +183,12 @@ class Layout:
     """One dataset as its authors publish it."""
 
     name: str  # what users write: "cuhk-pedes"
-    task: str  # "text" | "image" | "video" | "visible-infrared"
+    task: str  # "text" | "image" | "video" | "visible-infrared" | "any" (the files say)
     tree: str  # picture of the expected files
     obtain: str  # how a user gets the data; nothing is ever downloaded
     expected: Mapping[str, Mapping[str, int]]  # {split: {"ids" | "images" | "cameras" | "captions": published number}}
     read: Callable[..., Iterable[Record]]  # (tree, **options) -> records in the layout's order
-    write: Callable[[Path, Iterable[Sample]], None]  # write samples below a folder in exactly this layout
+    write: Callable[[Path, Iterable[Sample]], Sequence[str]]  # samples below a folder in exactly this layout -> paths
 
     def parse(self, store: Store, *, strict: bool = True, **options: Any) -> ParsedDataset:
         """Read the tree at the store's root, which is the dataset's own folder.
@@ -125,17 +197,46 @@ class Layout:
         a subset or a synthetic tree is a legitimate dataset. Raises DatasetError naming the file, UserError for an
         unknown option.
         """
-        known = list(inspect.signature(self.read).parameters)[1:]
-        if unknown := sorted(set(options) - set(known)):
-            raise UserError(f"layout {self.name} has no option {unknown[0]!r}; it knows {', '.join(known) or 'none'}")
+        self._refuse_unknown(options)
         tree = open_tree(store, strict)
         records = tuple(self.read(tree, **options))
         _refuse_strays(tree, self)
         parsed = ParsedDataset(name=self.name, records=records, ignored=tree.ignored, notes=tree.notes)
-        warnings = (*tree.warnings, *_shared_ids(records), *_other_counts(parsed.counts(), self.expected))
+        warnings = (*tree.warnings, *_shared_ids(records), *_other_counts(parsed, self.expected))
         for warning in warnings:
             log.warning("%s: %s", self.name, warning)
         return ParsedDataset(name=self.name, records=records, ignored=tree.ignored, warnings=warnings, notes=tree.notes)
+
+    def check(self, store: Store, **options: Any) -> list[str]:
+        """Everything that is wrong with a tree, file by file; [] for a tree that packs. Decodes every image.
+
+        Raises UserError for an unknown option, StorageError.
+        """
+        self._refuse_unknown(options)
+        problems: list[str] = []
+        records: list[Record] = []
+        try:
+            tree = open_tree(store)
+            tree.problems = problems
+            records.extend(self.read(tree, **options))
+            tree.pass_over(COMPANION, "companion papers")
+            read = {path.partition("#")[0] for path in (record.path for record in records)}
+            known = " ".join(problems)
+            strays = sorted((path for path in tree.unclaimed - read if path not in known), key=str.encode)
+            problems += [f"{store.uri}: {path} does not belong to {self.name}" for path in strays]
+        except DatasetError as error:
+            problems.append(str(error))
+        for record in records:
+            try:
+                inspect_image(load_image(store, record.path), record.path)
+            except (DatasetError, FileNotFoundError) as error:
+                problems.append(f"{store.uri}: {error}")
+        return problems
+
+    def _refuse_unknown(self, options: Mapping[str, Any]) -> None:
+        known = list(inspect.signature(self.read).parameters)[1:]
+        if unknown := sorted(set(options) - set(known)):
+            raise UserError(f"layout {self.name} has no option {unknown[0]!r}; it knows {', '.join(known) or 'none'}")
 
 
 def open_tree(store: Store, strict: bool = True) -> Tree:
@@ -153,12 +254,9 @@ def housekeeping(path: str) -> bool:
     return any(_HOUSEKEEPING.fullmatch(part) for part in path.split("/"))
 
 
-def match_name(tree: Tree, path: str, pattern: re.Pattern[str], example: str) -> re.Match[str]:
-    """Match a path's basename against an anchored pattern. Raises DatasetError naming the file."""
+def refuse_name(tree: Tree, path: str, example: str) -> NoReturn:
+    """Raise the DatasetError of a file whose name no pattern of its layout fits."""
     name = path.rsplit("/", 1)[-1]
-    found = pattern.fullmatch(name)
-    if found:
-        return found
     twice = re.search(r"(?i)(\.(?:jpg|jpeg|png|bmp))\1$", name)
     hint = "the extension stands twice; rename it" if twice else f"expected a name like {example}"
     raise DatasetError(f"{tree.store.uri}: {path} is no file of this layout: {hint} (or parse with strict off)")
@@ -192,7 +290,8 @@ def _shared_ids(records: Iterable[Record]) -> list[str]:
     ]
 
 
-def _other_counts(found: Mapping[str, Mapping[str, int]], expected: Mapping[str, Mapping[str, int]]) -> list[str]:
+def _other_counts(parsed: ParsedDataset, expected: Mapping[str, Mapping[str, int]]) -> list[str]:
+    found = {"all": parsed.count_of(parsed.records), **parsed.counts()}
     wrong = []
     for split, numbers in expected.items():
         differ = [

@@ -21,9 +21,9 @@ def read(tree: Tree) -> list[Record]:
     return SET.records(tree)
 
 
-def write(folder: Path, samples: Iterable[Sample]) -> None:
+def write(folder: Path, samples: Iterable[Sample]) -> list[str]:
     """Write the authors' tree; source folders go by identity, so that no folder is a split."""
-    SET.write(folder, samples, _place)
+    return SET.write(folder, samples, _place)
 
 
 def _place(sample: Sample) -> str:

@@ -26,9 +26,9 @@ def read(tree: Tree) -> list[Record]:
     return SET.records(tree)
 
 
-def write(folder: Path, samples: Iterable[Sample]) -> None:
+def write(folder: Path, samples: Iterable[Sample]) -> list[str]:
     """Write the authors' tree with MSMT17-like names; folders go by identity, so that they are no split here either."""
-    SET.write(folder, samples, _place)
+    return SET.write(folder, samples, _place)
 
 
 def _place(sample: Sample) -> str:

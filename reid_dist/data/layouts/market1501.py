@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from reid_dist.data.layouts.base import Layout, Sample, Tree, match_name
-from reid_dist.data.records import DatasetError, Record
+from reid_dist.data.layouts._boxes import FOLDERS
+from reid_dist.data.layouts._files import Folder
+from reid_dist.data.layouts.base import Layout, Sample, Tree
+from reid_dist.data.records import Record
 
 NAME = "market-1501"
 JUNK, DISTRACTOR = -1, 0
-_FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 _BASENAME = re.compile(r"(-1|\d{4})_c([1-6])s([1-6])_(\d{6})_(\d{2})(?i:\.jpg)")
 _EXAMPLE = "0002_c1s1_000451_03.jpg"
 _OPTIONAL = re.compile(r"(?:gt_bbox|gt_query|images)/.+")
@@ -26,10 +27,10 @@ def read(tree: Tree) -> list[Record]:
     """Records sorted by path within train, query, gallery. Raises DatasetError."""
     tree.pass_over(_OPTIONAL, "gt_bbox, gt_query, images")
     records, junk = [], 0
-    for split, folder in _FOLDERS.items():
-        for path in tree.below(folder):
-            if tree.strict or _BASENAME.fullmatch(path.removeprefix(f"{folder}/")):
-                record = _record(tree, path, split, folder)
+    for split, folder in FOLDERS.items():
+        for path, found in tree.matched(folder, _BASENAME, _EXAMPLE):
+            with tree.noting():
+                record = _record(tree, path, split, found)
                 records += [record] if record.pid != JUNK else []
                 junk += record.pid == JUNK
     tree.notes["junk"] = f"{junk} images with id -1 dropped"
@@ -37,33 +38,24 @@ def read(tree: Tree) -> list[Record]:
     return records
 
 
-def _record(tree: Tree, path: str, split: str, folder: str) -> Record:
-    found = match_name(tree, path, _BASENAME, _EXAMPLE)
-    if path.count("/") != 1:
-        raise DatasetError(f"{tree.store.uri}: {path} lies too deep; images lie directly in {folder}/")
+def _record(tree: Tree, path: str, split: str, found: re.Match[str]) -> Record:
     pid = int(found[1])
     if pid == DISTRACTOR and split != "gallery":
-        raise DatasetError(
-            f"{tree.store.uri}: {path} has the distractor id 0000, which belongs in bounding_box_test/ alone"
-        )
-    return Record(path=tree.image(path), split=split, pid=pid, camid=int(found[2]) - 1, domain=NAME)
+        raise tree.wrong(path, "has the distractor id 0000, which belongs in bounding_box_test/ alone")
+    return Record(path=path, split=split, pid=pid, camid=int(found[2]) - 1, domain=NAME)
 
 
-def write(folder: Path, samples: Iterable[Sample]) -> None:
+def write(folder: Path, samples: Iterable[Sample]) -> list[str]:
     """Write the authors' tree. Raises ValueError for an id or a camera that its names cannot hold."""
-    taken: set[str] = set()
+    tree = Folder(folder)
     for sample in samples:
         if sample.camid is None or not (0 <= sample.camid < 6 and JUNK <= sample.pid <= 9999):
             raise ValueError(f"market-1501 holds ids -1..9999 and cameras 0..5, not {sample.pid}, {sample.camid}")
         person = "-1" if sample.pid == JUNK else f"{sample.pid:04d}"
         number = sample.frame
-        name = f"{_FOLDERS[sample.split]}/{person}_c{sample.camid + 1}s{1 + number // 100 % 6}_{number:06d}_01.jpg"
-        if name in taken:
-            raise ValueError(f"two samples are called {name}")
-        taken.add(name)
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(sample.image)
+        name = f"{person}_c{sample.camid + 1}s{1 + number // 100 % 6}_{number:06d}_01.jpg"
+        tree.image(f"{FOLDERS[sample.split]}/{name}", sample.image)
+    return tree.paths
 
 
 LAYOUT = Layout(
