@@ -86,8 +86,6 @@ class Connection:
         """The error to raise: _Again when another try may help."""
         from botocore import exceptions as b
 
-        if isinstance(error, (StorageError, OSError)) and not isinstance(error, (b.HTTPClientError, ConnectionError)):
-            return error
         if isinstance(error, b.ClientError):
             code = str(error.response.get("Error", {}).get("Code", ""))
             status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
@@ -106,6 +104,8 @@ class Connection:
         if isinstance(error, (b.SSLError,)):
             return StorageError(f"{what}: the server's certificate is not trusted: set AWS_CA_BUNDLE to its authority")
         if isinstance(error, (b.HTTPClientError, b.ConnectionError, b.IncompleteReadError, b.ResponseStreamingError)):
+            return _Again(f"the server cannot be reached ({type(error).__name__})")
+        if isinstance(error, (ConnectionError, TimeoutError)):  # from a socket that broke while a body was read
             return _Again(f"the server cannot be reached ({type(error).__name__})")
         if isinstance(error, b.BotoCoreError):
             return StorageError(f"{what}: {type(error).__name__}")

@@ -242,6 +242,18 @@ def test_refusals_are_not_retried(s3: S3Server, quick: s3_module.S3Store, code: 
     assert sum(method == "PUT" for method, _ in s3.requests) == 1
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError("reset"), TimeoutError("slow")])
+def test_broken_sockets_are_retried(quick: s3_module.S3Store, error: Exception) -> None:
+    left = [error]
+
+    def once(client: object) -> str:
+        if left:
+            raise left.pop()
+        return "done"
+
+    assert quick._call("k", once) == "done"
+
+
 def test_missing_bucket_and_unreachable_server(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     with pytest.raises(StorageError, match="bucket does not exist"):
         s3_module.S3Store("no-such-bucket", "", QUICK).write("k", b"v")
