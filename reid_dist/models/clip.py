@@ -138,7 +138,8 @@ class ImageEmbedding(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """Token table and positions; the positions are added whole, so every caption has the table's length."""
+    """Token table and positions. Captions (ids) have the table's length; prompts (embeddings) may be cut short, because
+    behind the last end token nothing matters to a causal tower."""
 
     def __init__(self, arch: ClipArchitecture) -> None:
         super().__init__()
@@ -147,10 +148,11 @@ class TextEmbedding(nn.Module):
         nn.init.normal_(self.tokens.weight, std=0.02)
 
     def forward(self, text: Tensor) -> Tensor:
-        """Ids [n, L], or embeddings [n, L, W] in their place (prompts), -> [n, L, W]. Raises ValueError."""
-        if text.shape[1] != self.positions.shape[0]:
-            raise ValueError(f"text of {text.shape[1]} tokens for a position table of {self.positions.shape[0]}")
-        return (text if text.is_floating_point() else self.tokens(text)) + self.positions
+        """Ids [n, L], or embeddings [n, T <= L, W] in their place (prompts), -> [n, L, W]. Raises ValueError."""
+        length, prompts = self.positions.shape[0], text.is_floating_point()
+        if text.shape[1] != length and not (prompts and text.shape[1] < length):
+            raise ValueError(f"text of {text.shape[1]} tokens for a position table of {length}")
+        return (text if prompts else self.tokens(text)) + self.positions[: text.shape[1]]
 
 
 @dataclass(frozen=True, slots=True)
