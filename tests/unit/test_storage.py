@@ -15,10 +15,7 @@ import pytest
 from reid_dist import storage
 from reid_dist.errors import UserError
 from reid_dist.storage import AlreadyExists, StorageError, local, open_store
-from reid_dist.storage.retry import RetryPolicy
 from tests.s3server import S3Server, s3  # noqa: F401 - the fixture
-
-QUICK = RetryPolicy(tries=4, base_s=0.01, cap_s=0.05, deadline_s=5, connect_s=2, read_s=2)
 
 
 @pytest.fixture(params=["folder", "bucket"])

@@ -12,13 +12,7 @@ from reid_dist import storage
 from reid_dist.errors import UserError
 from reid_dist.storage import open_store
 from reid_dist.storage.cache import NodeCache
-from reid_dist.storage.retry import RetryPolicy
 from tests.s3server import S3Server, s3  # noqa: F401 - the fixture
-
-QUICK = RetryPolicy(tries=4, base_s=0.01, cap_s=0.05, deadline_s=5, connect_s=2, read_s=2)
-
-
-# --- the node cache
 
 
 def test_cached_file(s3: S3Server, tmp_path: Path) -> None:  # noqa: F811

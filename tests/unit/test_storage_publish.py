@@ -10,10 +10,7 @@ import pytest
 
 from reid_dist import storage
 from reid_dist.storage import CorruptionError, StorageError, open_store, publish
-from reid_dist.storage.retry import RetryPolicy
 from tests.s3server import S3Server, s3  # noqa: F401 - the fixture
-
-QUICK = RetryPolicy(tries=4, base_s=0.01, cap_s=0.05, deadline_s=5, connect_s=2, read_s=2)
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -22,9 +19,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "folder":
         return str(tmp_path / "store")
     return request.getfixturevalue("s3").uri
-
-
-# --- publishing
 
 
 def _folder(path: Path, **files: bytes) -> Path:
