@@ -12,16 +12,13 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
 from reid_dist.data.layouts._files import Folder
 from reid_dist.data.layouts.base import Layout, Sample, Tree
-from reid_dist.data.records import DatasetError, Record
+from reid_dist.data.records import Record
 
 NAME = "sysu-mm01"
 INFRARED = (3, 6)
 SPLITS = ("train", "val", "test")
-PERMUTATIONS = "exp/rand_perm_cam.mat"
 _NAME = re.compile(r"(\d{4})/(\d{4})(?i:\.jpg)")
 _OTHER = re.compile(r"exp/(?!(?:train|val|test)_id\.txt).+")
 
@@ -57,22 +54,6 @@ def id_list(tree: Tree, path: str) -> list[int]:
     if not fields or not all(field.isdigit() for field in fields):
         raise tree.wrong(path, "must hold ids on its first line, separated by commas")
     return [int(field) for field in fields]
-
-
-def read_permutations(tree: Tree) -> dict[tuple[int, int], np.ndarray]:
-    """{(camera, pid): int64 [trials, images]} of the published gallery selection, numbers from 1 (datasets
-    specification 6.4 rule a). Raises DatasetError.
-    """
-    table = tree.read_mat(PERMUTATIONS, "rand_perm_cam").ravel()
-    result = {}
-    for camera, people in enumerate(table, 1):
-        for pid, order in enumerate(np.asarray(people).ravel(), 1):
-            order = np.asarray(order)
-            if order.size:
-                result[camera, pid] = np.atleast_2d(order).astype(np.int64)
-    if not result:
-        raise DatasetError(f"{tree.store.uri}: {PERMUTATIONS} holds no permutation")
-    return result
 
 
 def write(folder: Path, samples: Iterable[Sample]) -> list[str]:

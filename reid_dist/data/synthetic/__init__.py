@@ -5,6 +5,6 @@ Geometry (identity, body, figure) is separate from shading (palette, camera, ren
 """
 
 from reid_dist.data.synthetic.world import World
-from reid_dist.data.synthetic.write import world_for, write_synthetic
+from reid_dist.data.synthetic.write import plan_synthetic, world_for, write_synthetic
 
-__all__ = ["World", "world_for", "write_synthetic"]
+__all__ = ["World", "plan_synthetic", "world_for", "write_synthetic"]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
+from reid_dist.data.synthetic.domain import Style
 from reid_dist.data.synthetic.seeds import stream
 
 YAWS = 8  # sides that a person can be seen from
@@ -52,6 +53,7 @@ class Camera:
     noise: float
     quality: int  # JPEG
     yaws: np.ndarray  # float [YAWS], probabilities
+    detail: float = 1.0  # share of the resolution that is kept
 
     def background(self, rng: np.random.Generator) -> np.ndarray:
         """float32 [height, width, 3]: the part of the scene behind one box."""
@@ -66,6 +68,10 @@ class Camera:
         light += rng.standard_normal(light.shape, np.float32) * np.float32(self.noise)
         pixels = self.curve[np.clip(light * _LEVELS, 0, _LEVELS).astype(np.int16)]
         image = Image.fromarray(pixels)
+        if self.detail < 1:
+            height, width = self.size
+            small = image.resize((round(width * self.detail), round(height * self.detail)), Image.Resampling.BOX)
+            image = small.resize((width, height), Image.Resampling.BILINEAR)
         if self.blur > 0.1:
             image = image.filter(ImageFilter.GaussianBlur(self.blur))
         file = io.BytesIO()
@@ -73,10 +79,12 @@ class Camera:
         return file.getvalue()
 
 
-def draw_camera(seed: int, domain: str, index: int, difficulty: Difficulty, size: tuple[int, int]) -> Camera:
+def draw_camera(
+    seed: int, domain: str, index: int, difficulty: Difficulty, size: tuple[int, int], look: Style
+) -> Camera:
     """Camera `index` of a domain; draws do not depend on the size, so two sizes see the same place."""
     rng = stream(seed, domain, "camera", index)
-    cast = difficulty.cast
+    cast = difficulty.cast * look.spread
     matrix = np.eye(3) + cast * (np.diag(rng.normal(0, 0.22, 3)) + rng.normal(0, 0.06, (3, 3)))
     matrix *= 1 + cast * rng.uniform(-0.3, 0.3)
     gamma = float(np.exp(cast * rng.uniform(-0.5, 0.5)))
@@ -93,19 +101,20 @@ def draw_camera(seed: int, domain: str, index: int, difficulty: Difficulty, size
         size=size,
         matrix=np.clip(matrix, -0.5, 1.7).astype(np.float32),
         curve=curve,
-        backdrop=_backdrop(rng, cast, size),
+        backdrop=_backdrop(rng, cast, size, look),
         vignette=vignette.astype(np.float32)[..., None],
         blur=float(difficulty.blur * rng.uniform(0.5, 1.5)) * height / 64,
         noise=float(difficulty.noise * rng.uniform(0.5, 1.5)),
         quality=int(rng.integers(70, 93)),
         yaws=yaws / yaws.sum(),
+        detail=look.detail,
     )
 
 
-def _backdrop(rng: np.random.Generator, cast: float, size: tuple[int, int]) -> np.ndarray:
+def _backdrop(rng: np.random.Generator, cast: float, size: tuple[int, int], look: Style) -> np.ndarray:
     """A wall above a ground, each with its palette, blotches and lines."""
     height, width = size[0] * 5 // 4, size[1] * 4
-    wall, ground = (0.5 + (0.2 + 0.8 * cast) * rng.uniform(-0.4, 0.4, 3) for _ in range(2))
+    wall, ground = (0.5 + (0.2 + 0.8 * cast) * rng.uniform(-0.4, 0.4, 3) + look.tint for _ in range(2))
     horizon = int(height * rng.uniform(0.45, 0.75))
     scene = np.empty((height, width, 3), np.float32)
     scene[:horizon], scene[horizon:] = wall, ground
@@ -113,7 +122,7 @@ def _backdrop(rng: np.random.Generator, cast: float, size: tuple[int, int]) -> n
         (width, height), Image.Resampling.BICUBIC
     )
     scene += 0.12 * np.asarray(blotches)[..., None]
-    pitch, tilt = rng.uniform(0.15, 0.6) * size[0], rng.uniform(-1.5, 1.5)
+    pitch, tilt = rng.uniform(0.15, 0.6) * size[0] * look.grain, rng.uniform(-1.5, 1.5)
     y, x = np.mgrid[:height, :width]
     tiles = (np.mod(x + tilt * y, pitch) < size[0] / 40) & (y >= horizon)
     posts = (np.mod(x, pitch * rng.uniform(1.2, 3)) < size[0] / 25) & (y < horizon)

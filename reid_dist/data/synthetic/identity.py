@@ -12,7 +12,7 @@ differ pairwise in exactly two places. A family is three of them, or all four.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -39,7 +39,8 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "bag_colour": ("black", "red", "blue", "green", "yellow", "brown"),
     "shoe_colour": ("black", "white", "red", "brown", "blue"),
 }
-PRIOR: Mapping[str, tuple[float, ...]] = {"hat": (0.5, 0.25, 0.25), "pattern": (0.4, 0.2, 0.2, 0.2)}
+Prior = Mapping[str, tuple[float, ...]]  # {attribute: probability of each value}; absent: uniform
+PRIOR: Prior = {"hat": (0.5, 0.25, 0.25), "pattern": (0.4, 0.2, 0.2, 0.2)}
 OWNER: Mapping[str, str] = {"hat_colour": "hat", "bag_colour": "bag"}  # an attribute of a thing that may be absent
 ABSENT = "none"
 BETWEEN_FAMILIES = 3  # least number of differing attributes between identities of two families
@@ -47,6 +48,7 @@ BETWEEN_FAMILIES = 3  # least number of differing attributes between identities 
 Attributes = Mapping[str, str]  # an attribute whose thing is absent has no entry
 _CODE = ((0, 0, 0), (1, 1, 0), (1, 0, 1), (0, 1, 1))
 _TRIES = 2000
+SLOW, FAST = 0.35, 1.05  # gait of twins, radians per frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Identity:
     gait_phase: float  # radians
     gait_speed: float  # radians per frame
     fabric: tuple[float, ...]  # nine offsets in [-1, 1] that shift this person's dyes a little
+    twin: int | None = None  # index of the person who differs in gait and shoes alone
 
 
 def differing(a: Attributes, b: Attributes) -> tuple[str, ...]:
@@ -77,7 +80,9 @@ def differing(a: Attributes, b: Attributes) -> tuple[str, ...]:
     )
 
 
-def draw_families(seed: int, domain: str, sizes: Mapping[str, int]) -> dict[str, list[list[Attributes]]]:
+def draw_families(
+    seed: int, domain: str, sizes: Mapping[str, int], prior: Prior = PRIOR
+) -> dict[str, list[list[Attributes]]]:
     """Families of attribute records per split, `sizes` people each; earlier splits do not depend on later ones.
 
     Raises UserError when a split's size is 1, 2 or 5 (families have three or four members), or the attribute space is
@@ -94,16 +99,16 @@ def draw_families(seed: int, domain: str, sizes: Mapping[str, int]) -> dict[str,
         families = []
         for number in range(people // 3 - fours + fours):
             members = 4 if number < fours else 3
-            families.append(_draw_family((seed, domain, "family", split, number), members, taken))
+            families.append(_draw_family((seed, domain, "family", split, number), members, taken, prior))
         result[split] = families
     return result
 
 
-def _draw_family(key: tuple[int | str, ...], members: int, taken: list[np.ndarray]) -> list[Attributes]:
+def _draw_family(key: tuple[int | str, ...], members: int, taken: list[np.ndarray], prior: Prior) -> list[Attributes]:
     rng = stream(*key)
     everyone = np.concatenate(taken) if taken else np.zeros((0, len(ATTRIBUTES)), np.int8)
     for _ in range(_TRIES):
-        family = _confusers(_draw_record(rng), rng)[:members]
+        family = _confusers(_draw_record(rng, prior), rng)[:members]
         if len(family) < members:
             continue
         codes = np.stack([_code(record) for record in family])
@@ -113,8 +118,8 @@ def _draw_family(key: tuple[int | str, ...], members: int, taken: list[np.ndarra
     raise UserError(f"synthetic world: no room for another family after {len(everyone)} identities; ask for fewer")
 
 
-def _draw_record(rng: np.random.Generator) -> dict[str, str]:
-    record = {name: str(rng.choice(values, p=PRIOR.get(name))) for name, values in ATTRIBUTES.items()}
+def _draw_record(rng: np.random.Generator, prior: Prior) -> dict[str, str]:
+    record = {name: str(rng.choice(values, p=prior.get(name))) for name, values in ATTRIBUTES.items()}
     return _settled(record)
 
 
@@ -149,15 +154,30 @@ def _distances(code: np.ndarray, others: np.ndarray) -> np.ndarray:
     return ((others != code) & (others >= 0) & (code >= 0)).sum(axis=1)
 
 
-def draw_people(seed: int, domain: str, sizes: Mapping[str, int]) -> dict[str, tuple[Identity, ...]]:
-    """All identities per split. Marginals are equal over splits: one prior, one family scheme. Raises UserError."""
+def draw_people(
+    seed: int, domain: str, sizes: Mapping[str, int], prior: Prior = PRIOR, twins: float = 0.0
+) -> dict[str, tuple[Identity, ...]]:
+    """All identities per split. Marginals are equal over splits: one prior, one family scheme. Raises UserError.
+
+    `twins`: share of people who come in pairs that only gait and shoes tell apart (worlds of tracklets).
+    """
     people: dict[str, tuple[Identity, ...]] = {}
-    for split, families in draw_families(seed, domain, sizes).items():
+    for split, families in draw_families(seed, domain, sizes, prior).items():
         members = [(number, record) for number, family in enumerate(families) for record in family]
-        people[split] = tuple(
-            _person(seed, domain, split, index, number, record) for index, (number, record) in enumerate(members)
-        )
+        drawn = [_person(seed, domain, split, index, number, record) for index, (number, record) in enumerate(members)]
+        for index in range(1, int(len(drawn) * twins) // 2 * 2, 2):
+            drawn[index - 1 : index + 1] = _twins(drawn[index - 1])
+        people[split] = tuple(drawn)
     return people
+
+
+def _twins(one: Identity) -> tuple[Identity, Identity]:
+    """A slow walker and a fast one in other shoes, alike in everything else that can be seen."""
+    colours = ATTRIBUTES["shoe_colour"]
+    shoes = colours[(colours.index(one.attributes["shoe_colour"]) + 2) % len(colours)]
+    slow = replace(one, gait_speed=SLOW, twin=one.index + 1)
+    other = replace(one, index=one.index + 1, pid=one.pid + 1, gait_speed=FAST, twin=one.index)
+    return slow, replace(other, attributes={**one.attributes, "shoe_colour": shoes})
 
 
 def _person(seed: int, domain: str, split: str, index: int, family: int, record: Attributes) -> Identity:

@@ -33,8 +33,10 @@ _SKIN = ((0.93, 0.76, 0.65), (0.42, 0.27, 0.18))  # light, dark
 _LIGHT, _DARK = (0.95, 0.95, 0.90), (0.10, 0.11, 0.18)
 
 
-def rgb(person: Identity) -> dict[str, np.ndarray]:
-    """{material: float [3]} of one person. Dyes of one name differ a little between people (`fabric`)."""
+def rgb(person: Identity, turn: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """{material: float [3]} of one person. Dyes of one name differ a little between people (`fabric`), and between
+    domains by `turn` [3, 3].
+    """
     wear, dye = person.attributes, 0.045 * np.array(person.fabric).reshape(3, 3)
     upper = np.array(COLOURS[wear["upper_colour"]])
     contrast = _DARK if upper.mean() > 0.45 else _LIGHT
@@ -52,4 +54,6 @@ def rgb(person: Identity) -> dict[str, np.ndarray]:
         "bag": np.array(COLOURS[wear.get("bag_colour", "black")]),
         "occluder": np.array((0.36, 0.38, 0.36)),
     }
+    for material in ("upper", "lower", "shoe", "hat", "bag"):
+        table[material] = table[material] if turn is None else turn @ table[material]
     return {material: np.clip(colour, 0.02, 0.98) for material, colour in table.items()}

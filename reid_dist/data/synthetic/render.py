@@ -95,10 +95,10 @@ def _reduce(fine: np.ndarray) -> np.ndarray:
 
 
 def photograph(person: Identity, view: View, camera: Camera, place: np.random.Generator,
-               rng: np.random.Generator) -> tuple[bytes, Drawing]:  # fmt: skip
+               rng: np.random.Generator, turn: np.ndarray | None = None) -> tuple[bytes, Drawing]:  # fmt: skip
     """One visible-light picture: JPEG bytes and the geometry behind it. `place` draws where before the camera, `rng`
-    noise.
+    noise; `turn` is the domain's, for dyes.
     """
     drawing = draw(person, view, camera.size)
-    scene = shade(drawing, palette.rgb(person), camera.background(place), view.light)
+    scene = shade(drawing, palette.rgb(person, turn), camera.background(place), view.light)
     return camera.expose(scene, rng), drawing

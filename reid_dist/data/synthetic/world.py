@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,12 +22,21 @@ from reid_dist.data.layouts.base import Sample
 from reid_dist.data.synthetic.body import View
 from reid_dist.data.synthetic.camera import DIFFICULTIES, YAWS, Camera, Difficulty, draw_camera
 from reid_dist.data.synthetic.captions import TEST_PLANS, TRAIN_PLANS, Caption, describe
+from reid_dist.data.synthetic.domain import Style, style
+from reid_dist.data.synthetic.heat import photograph_infrared
 from reid_dist.data.synthetic.identity import Identity, draw_people
+from reid_dist.data.synthetic.longtext import describe_long, diversify
 from reid_dist.data.synthetic.render import Drawing, photograph
 from reid_dist.data.synthetic.seeds import stream
+from reid_dist.data.synthetic.shots import Shot
 from reid_dist.errors import UserError
 
-JUNK_ZOOM = 2.3  # a failed detection shows a part of a person
+FEET_HIDDEN = 0.7  # share of a twin's frames in which something hides the shoes
+SEEN = 0.85  # share of a passage's frames that a tracker keeps
+SWAY = 0.05  # how far a box follows its walker late, in image widths
+
+
+Groups = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +59,12 @@ class World:
     images_per_id: int = 3  # spread evenly over that person's cameras
     captions_per_image: int = 2
     visible_only: bool = True  # captions speak of what their image shows
+    long_captions: bool = False  # naming everything, about 80 words
+    diversity: bool = False  # captions come with groups of paraphrased sub-sentences
+    shift: float = 0.0  # how far the domain looks from the others, 0 to 1
+    max_frames: int = 1  # of a tracklet; 1: pictures
+    twins: float = 0.0  # share of people whom gait and shoes alone tell apart
+    trials: int = 10  # divisions into training and test people, in sets that have several
 
     def __post_init__(self) -> None:
         if self.difficulty not in DIFFICULTIES:
@@ -63,6 +78,10 @@ class World:
             raise UserError(
                 f"images_per_id={self.images_per_id}, captions_per_image={self.captions_per_image}: both from 1"
             )
+        if not 0 <= self.shift <= 1 or not 0 <= self.twins <= 1:
+            raise UserError(f"shift={self.shift}, twins={self.twins}: both between 0 and 1")
+        if self.max_frames < 1 or self.trials < 1:
+            raise UserError(f"max_frames={self.max_frames}, trials={self.trials}: both from 1")
         if min(self.size) < 16:
             raise UserError(f"size={self.size}: a figure needs 16 pixels and more each way (height, width)")
 
@@ -79,17 +98,25 @@ class World:
             "train": self.num_train,
             "distractor": self.num_distractors,
         }
-        return draw_people(self.seed, self.domain, sizes)
+        return draw_people(self.seed, self.domain, sizes, self.look.prior, self.twins)
+
+    @cached_property
+    def look(self) -> Style:
+        """How this domain differs from others."""
+        return style(self.domain, self.shift)
 
     @cached_property
     def cameras(self) -> tuple[Camera, ...]:
         """All cameras, by camid."""
         level: Difficulty = DIFFICULTIES[self.difficulty]
-        return tuple(draw_camera(self.seed, self.domain, index, level, self.size) for index in range(self.num_cameras))
+        return tuple(
+            draw_camera(self.seed, self.domain, index, level, self.size, self.look) for index in range(self.num_cameras)
+        )
 
     def cameras_of(self, person: Identity) -> tuple[int, ...]:
         """The camids that see a person, `cameras_per_id` of them."""
-        order = stream(self.seed, self.domain, person.split, person.index, "cameras").permutation(self.num_cameras)
+        index = person.index if person.twin is None else min(person.index, person.twin)  # twins meet the same cameras
+        order = stream(self.seed, self.domain, person.split, index, "cameras").permutation(self.num_cameras)
         return tuple(int(camid) for camid in order[: self.cameras_per_id])
 
     def shots(self, person: Identity) -> list[tuple[int, int]]:
@@ -97,19 +124,45 @@ class World:
         cameras = self.cameras_of(person)
         return [(cameras[i % len(cameras)], i // len(cameras)) for i in range(self.images_per_id)]
 
-    def picture(self, person: Identity, camid: int, frame: int, zoom: float = 1.0) -> tuple[bytes, Drawing]:
-        """JPEG bytes of one image and the geometry behind it, the same whenever and wherever they are asked for."""
-        key = (self.seed, self.domain, person.split, person.index, camid)
+    def tracklet(self, person: Identity, camid: int) -> list[int]:
+        """Frames of a person's passage before a camera, from 0, with holes; often one only, at most `max_frames`."""
+        rng = stream(self.seed, self.domain, person.split, person.index, camid, "tracklet")
+        length = 1 if rng.random() < 0.1 else int(rng.integers(1, self.max_frames + 1))
+        kept = [frame for frame in range(length) if rng.random() < SEEN]
+        return kept or [0]
+
+    def picture(
+        self, person: Identity, camid: int, frame: int, zoom: float = 1.0, modality: str = "rgb"
+    ) -> tuple[bytes, Drawing]:
+        """JPEG bytes of one image and the geometry behind it, the same whenever and wherever they are asked for.
+
+        `modality` "ir": by an infrared sensor at the camera's place, at another time.
+        """
+        key = (self.seed, self.domain, person.split, person.index, camid, *(() if modality == "rgb" else (modality,)))
         camera, passage = self.cameras[camid], stream(*key, "passage")
         rng = stream(*key, frame, "frame")
-        return photograph(person, self._view(person, camera, passage, rng, frame, zoom), camera, passage, rng)
+        view = self._view(person, camera, passage, rng, frame, zoom)
+        if modality == "ir":
+            return photograph_infrared(person, view, camera, passage, rng)
+        return photograph(person, view, camera, passage, rng, self.look.turn if self.shift else None)
 
     def captions(self, person: Identity, camid: int, frame: int, drawing: Drawing) -> list[Caption]:
         """The image's captions; test people are described in plans that training never uses."""
-        plans = TEST_PLANS if person.split == "test" else TRAIN_PLANS
+        test = person.split == "test"
         visible = drawing.visible() if self.visible_only else None
         key = (self.seed, self.domain, person.split, person.index, camid, frame, "caption")
+        if self.long_captions:
+            return [
+                describe_long(person.attributes, not test, stream(*key, k), visible)
+                for k in range(self.captions_per_image)
+            ]
+        plans = TEST_PLANS if test else TRAIN_PLANS
         return [describe(person.attributes, plans, stream(*key, k), visible) for k in range(self.captions_per_image)]
+
+    def paraphrases(self, person: Identity, camid: int, frame: int, captions: Iterable[Caption]) -> list[Groups]:
+        """Per caption its groups of interchangeable sub-sentences, stating what the caption states."""
+        key = (self.seed, self.domain, person.split, person.index, camid, frame, "diversity")
+        return [diversify(person.attributes, c.mentioned, stream(*key, k)) for k, c in enumerate(captions)]
 
     def _view(self, person: Identity, camera: Camera, passage: np.random.Generator, rng: np.random.Generator,
               frame: int, zoom: float) -> View:  # fmt: skip
@@ -117,7 +170,7 @@ class World:
         side = passage.choice(YAWS, p=camera.yaws) + passage.uniform(-0.3, 0.3)
         scale, light, start = passage.uniform(0.83, 0.91), passage.uniform(0.85, 1.15), passage.uniform(0, 2 * math.pi)
         shift, lift, stretch = rng.normal(0, level.crop, 3)
-        return View(
+        view = View(
             yaw=float(side * 2 * math.pi / YAWS),
             phase=float(start + person.gait_phase + person.gait_speed * frame),
             scale=float(scale * (1 + stretch) * zoom),
@@ -126,53 +179,28 @@ class World:
             occluder=_occluder(rng) if rng.random() < level.occlusion else None,
             light=float(light),
         )
+        if self.max_frames > 1:  # the box runs after the walker
+            view = replace(view, shift_x=view.shift_x + SWAY * math.sin(start + 0.5 * frame))
+        if person.twin is not None and rng.random() < FEET_HIDDEN:
+            view = replace(view, occluder=(-0.1, 1 - view.foot - 0.1 * view.scale, 1.2, 1.0))
+        return view
 
-    def text_samples(self) -> Iterator[Sample]:
-        """Images with captions: train, val, test. Ids count from 0 through the splits in that order."""
-        first = 0
-        for split in ("train", "val", "test"):
-            for person in self.people[split]:
-                for camid, frame in self.shots(person):
-                    image, drawing = self.picture(person, camid, frame)
-                    texts = tuple(caption.text for caption in self.captions(person, camid, frame, drawing))
-                    yield Sample(
-                        split=split, pid=first + person.index, camid=camid, frame=frame, image=image, captions=texts
-                    )
-            first += len(self.people[split])
+    def sample(self, shot: Shot) -> tuple[Sample, Drawing]:
+        """One image of a plan, to be written, and the geometry behind it."""
+        person, camid, frame = shot.person, shot.seen_by, shot.moment
+        image, drawing = self.picture(person, camid, frame, shot.zoom, shot.modality)
+        captions = self.captions(person, camid, frame, drawing) if shot.captions else []
+        groups = self.paraphrases(person, camid, frame, captions) if self.diversity else []
+        sample = Sample(
+            split=shot.split, pid=shot.pid, camid=shot.camid, frame=shot.frame, image=image, modality=shot.modality,
+            tracklet=shot.tracklet, trials=shot.trials, captions=tuple(c.text for c in captions),
+            diversity=tuple(groups),
+        )  # fmt: skip
+        return sample, drawing
 
-    def image_samples(self) -> Iterator[Sample]:
-        """Images for image-to-image retrieval: ids from 1, the first frame of each test (person, camera) a query.
-
-        The rest is gallery, with distractors (id 0) and failed detections (id -1, one for two distractors).
-        """
-        for person in self.people["train"]:
-            for camid, frame in self.shots(person):
-                yield Sample(
-                    split="train",
-                    pid=1 + person.index,
-                    camid=camid,
-                    frame=frame,
-                    image=self.picture(person, camid, frame)[0],
-                )
-        for person in self.people["test"]:
-            for camid, frame in self.shots(person):
-                split, pid = "gallery" if frame else "query", 1 + self.num_train + person.index
-                yield Sample(
-                    split=split, pid=pid, camid=camid, frame=frame, image=self.picture(person, camid, frame)[0]
-                )
-        for person in self.people["distractor"]:
-            camid = self.cameras_of(person)[0]
-            yield Sample(
-                split="gallery", pid=0, camid=camid, frame=person.index, image=self.picture(person, camid, 0)[0]
-            )
-            if person.index % 2:
-                image = self.picture(person, camid, 1, zoom=JUNK_ZOOM)[0]
-                yield Sample(split="gallery", pid=-1, camid=camid, frame=person.index, image=image)
-
-    def num_samples(self, task: str) -> int:
-        """How many samples `text_samples` or `image_samples` yields."""
-        shared = (self.num_train + self.num_test) * self.images_per_id
-        return shared + (self.num_val * self.images_per_id if task == "text" else self.num_distractors * 3 // 2)
+    def samples(self, shots: Iterable[Shot]) -> Iterator[Sample]:
+        """The images of a plan (data/synthetic/shots.py), in its order."""
+        return (self.sample(shot)[0] for shot in shots)
 
 
 def _occluder(rng: np.random.Generator) -> tuple[float, float, float, float]:
