@@ -30,3 +30,30 @@ def train_toy(
         "snapshot": worker.snapshot,
         "progress": progress,
     }
+
+
+def train_recipe(mapping: dict[str, Any], run_uri: str | None = None, stop_at: int | None = None) -> dict[str, Any]:
+    """Train a recipe of any method on packed tables; losses of every step and the final weights."""
+    from reid_dist.config import build_recipe
+    from reid_dist.methods import get
+    from reid_dist.runs import Run
+    from reid_dist.training.selection import evaluator
+    from reid_dist.training.worker import make_worker, prepare
+
+    recipe = build_recipe(mapping, lambda name: get(name).Config)
+    prepared = prepare(recipe)
+    hooks = Hooks(should_stop=lambda: stop_at is not None and worker.losses[-1]["step"] >= stop_at)
+    hooks.evaluate = evaluator(recipe, prepared)
+    run = Run.attach(run_uri, 1) if run_uri else None
+    worker = make_worker(recipe, prepared, run, hooks)
+    progress: Progress | None = None
+    try:
+        progress = worker.train()
+    except Stopped:
+        pass
+    return {
+        "losses": [{k: v for k, v in record.items() if k != "rows_per_s"} for record in worker.losses],
+        "weights": worker.snapshot.model if worker.snapshot else {},
+        "metrics": worker.metrics,
+        "progress": progress,
+    }

@@ -1,0 +1,42 @@
+"""Small synthetic tables by name: `synthetic-<layout>` is the world that is written in that layout, parsed and packed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from reid_dist.config import Recipe
+from reid_dist.data import layouts
+from reid_dist.data.synthetic import write_synthetic
+from reid_dist.storage import open_store
+from tests.tables import write_table
+
+PREFIX = "synthetic-"
+SMALL: dict[str, Any] = {"num_train": 12, "num_test": 6, "images_per_id": 2}
+
+
+def small_table(root: Path, name: str, **options: Any) -> str:
+    """Write the small world of a table name below `root` and pack it (without Ray); returns the table's name."""
+    layout = layouts.get(name.removeprefix(PREFIX))
+    raw = root / f"raw-{name}"
+    if not raw.exists():
+        if layout.name == "cuhk-pedes":
+            options = {"num_val": 4, **options}
+        write_synthetic(raw, layout.name, **{**SMALL, **options})
+        parsed = layout.parse(open_store(str(raw)))
+        images = [(raw / record.path).read_bytes() for record in parsed.records]
+        write_table(str(root), name, parsed.records, images, raw, chunk=64)
+    return name
+
+
+def small_tables(root: Path, recipe: Recipe) -> None:
+    """All tables that a recipe names."""
+    for name in dict.fromkeys((*recipe.data.train, *recipe.data.val, *recipe.data.test)):
+        small_table(root, name)
+
+
+def read_record(output: str) -> dict[str, Any]:
+    """The record that a job printed: the last line of its stdout."""
+    record: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    return record
