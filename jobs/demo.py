@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from typing import Any
 
@@ -19,12 +20,13 @@ from jobs.report import report
 from jobs.train import train
 from reid_dist.errors import UserError
 
-USAGE = """usage: python -m jobs.demo [folder=work/demo] [difficulty=mild] [key=value ...]
+USAGE = """usage: python -m jobs.demo [folder=work/demo] [recipe=comoe/synthetic] [key=value ...]
   folder=      where everything goes (data, run, report)
-  key=value    overrides of the recipe comoe/synthetic, for example training.max_steps=100"""
+  recipe=      any recipe on synthetic tables (named synthetic-<layout>), for example rle/synthetic
+  key=value    overrides of the recipe, for example training.max_steps=100"""
 
 logger = logging.getLogger("reid_dist.jobs.demo")
-TABLE = "synthetic-text"
+PREFIX = "synthetic-"
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -32,19 +34,20 @@ def main(argv: list[str]) -> dict[str, Any]:
     refuse_unknown_flags(flags, set(), USAGE)
     if words:
         raise UserError(f"unexpected word {words[0]!r}. {USAGE.splitlines()[0]}")
-    options, overrides = take_options(values, ("folder", "difficulty"))
-    return demo(options.get("folder", "work/demo"), options.get("difficulty", "mild"), overrides)
+    options, overrides = take_options(values, ("folder", "recipe"))
+    return demo(options.get("folder", "work/demo"), options.get("recipe", "comoe/synthetic"), overrides)
 
 
-def demo(folder: str, difficulty: str, overrides: list[str]) -> dict[str, Any]:
+def demo(folder: str, name: str, overrides: list[str]) -> dict[str, Any]:
     """All stages; returns the record."""
     from reid_dist import methods
 
     started, seconds = time.time(), {}
-    recipe = methods.load_recipe("comoe/synthetic", [f"data.root={folder}", f"output={folder}/runs", *overrides])
+    recipe = methods.load_recipe(name, [f"data.root={folder}", f"output={folder}/runs", *overrides])
     with connect(math.ceil(recipe.training.num_workers * recipe.training.cpus_per_worker) + 1):
         seconds["ray"] = time.time() - started
-        seconds["data"] = _timed(lambda: make_data(folder, difficulty))[1]
+        tables = dict.fromkeys((*recipe.data.train, *recipe.data.val, *recipe.data.test))
+        seconds["data"] = _timed(lambda: [make_data(folder, table) for table in tables])[1]
         trained, seconds["train"] = _timed(lambda: train(recipe))
     run = trained["run"]
     _, seconds["evaluate_untrained"] = _timed(lambda: evaluate(run, "start"))
@@ -70,23 +73,23 @@ def _timed(call: Any) -> tuple[Any, float]:
     return call(), time.time() - started
 
 
-def make_data(folder: str, difficulty: str) -> dict[str, Any]:
-    """Draw the world once and pack it (which does nothing when it is packed)."""
+def make_data(folder: str, table: str) -> dict[str, Any]:
+    """Draw the world of `synthetic-<layout>` once and pack it (which does nothing when it is packed). Raises UserError."""
     from pathlib import Path
 
     from reid_dist.data.pack import pack, plan
     from reid_dist.data.synthetic import write_synthetic
 
-    raw = Path(folder) / f"raw-{difficulty}"
-    done = Path(folder) / f"raw-{difficulty}.done"
+    if not table.startswith(PREFIX):
+        raise UserError(f"table {table} is not a synthetic one (synthetic-<layout>): train that recipe with jobs.train")
+    layout = table.removeprefix(PREFIX)
+    raw, done = Path(folder) / f"raw-{layout}", Path(folder) / f"raw-{layout}.done"
     if not done.exists():
-        if raw.exists():  # a run that was killed while drawing
-            import shutil
-
+        if raw.exists():  # left by a run that was killed while drawing
             shutil.rmtree(raw)
-        write_synthetic(raw, "cuhk-pedes", progress=True, difficulty=difficulty)
+        write_synthetic(raw, layout, progress=True)
         done.touch()
-    return pack(plan("cuhk-pedes", str(raw), folder, name=TABLE))
+    return pack(plan(layout, str(raw), folder, name=table))
 
 
 if __name__ == "__main__":

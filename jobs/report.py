@@ -62,8 +62,9 @@ def page_input(card: dict[str, Any], metrics: list[dict[str, Any]], evaluations:
     trained = [e for e in evaluations if e["record"]["checkpoint"] != "start"]
     untrained = [e for e in evaluations if e["record"]["checkpoint"] == "start"]
     main_one = max(trained or untrained, key=lambda e: e["record"]["step"])
-    named = {_row_name(e["record"], "trained"): e["record"] for e in sorted(trained, key=lambda e: -e["record"]["step"])}
-    named |= {_row_name(e["record"], "untrained"): e["record"] for e in untrained}
+    scored = [*sorted(trained, key=lambda e: -e["record"]["step"]), *untrained]
+    several = len({(e["record"]["protocol"], tuple(e["record"]["tables"])) for e in scored}) > 1
+    named = {_row_name(e["record"], several): e["record"] for e in scored}
     record = main_one["record"]
     view, synthetic = _view(recipe, main_one, root)
     return ReportInput(
@@ -82,8 +83,9 @@ def page_input(card: dict[str, Any], metrics: list[dict[str, Any]], evaluations:
     )
 
 
-def _row_name(record: dict[str, Any], word: str) -> str:
-    return f"{word} ({record['checkpoint']}, {record['protocol']}, {'+'.join(record['tables'])})"
+def _row_name(record: dict[str, Any], several: bool) -> str:
+    name = "untrained" if record["checkpoint"] == "start" else f"step {record['step']}"
+    return f"{name}, {'+'.join(record['tables'])}, {record['protocol']}" if several else name
 
 
 def _view(recipe: dict[str, Any], evaluation: dict[str, Any], root: str | None) -> tuple[Any, bool]:

@@ -9,6 +9,9 @@ How a step is computed (training/loop.py), for B rows of the global batch cut in
                            *mean over ranks* is the global term; gradients are averaged over ranks.
 4. optimizer step, then `stage.after_step(...)` (memories, banks: same update on every rank).
 
+A module's forward returns tensors, tuples (NamedTuple) or dicts of tensors: ZeRO-3 looks for parameters and gradients in them
+and does not see into other classes.
+
 Because forward is row-wise, a step can be cut into micro-batches with exact in-batch losses: outputs are computed without
 gradient, losses and their gradients on the whole batch, then each piece is run again with the gradient of its rows.
 """
@@ -16,7 +19,7 @@ gradient, losses and their gradients on the whole batch, then each piece is run 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -28,9 +31,7 @@ from reid_dist.config import OptimConfig, Recipe, ScheduleConfig
 if TYPE_CHECKING:
     from reid_dist.data.store import TableView
 
-Batch = dict[
-    str, Any
-]  # every tensor has the n rows first; anything else is carried along. The loader adds row, row_seed
+Batch = dict[str, Any]  # tensors have the n rows first, the rest is carried along; the loader adds row, row_seed
 Outputs = dict[str, Tensor]  # row-wise tensors [n, ...]
 Terms = dict[str, Tensor]  # scalar loss terms, weighted; the objective is their sum
 
@@ -194,23 +195,18 @@ class MethodSpec:
     Config: type
     build: Callable[[Any, ModelFacts], nn.Module]
     stages: Callable[[Recipe, TrainingData], Sequence[Stage]]
-    eval_batch: Callable[
-        [Any, TableView, EvalSide, np.ndarray], Batch
-    ]  # (config, view, side, indices into side) -> batch
-    encode: Callable[
-        [nn.Module, Batch], Outputs
-    ]  # embeddings [n, D], not yet normalised; the same names for either side
+    # (config, view, side, indices into side) -> batch
+    eval_batch: Callable[[Any, TableView, EvalSide, np.ndarray], Batch]
+    # embeddings [n, D], not yet normalised; the same names for either side
+    encode: Callable[[nn.Module, Batch], Outputs]
     similarity: Mapping[str, float]  # weights of the named embeddings' cosine similarities
     reference: Reference
     facts: Callable[[TrainingData], ModelFacts]
-    import_weights: Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = (
-        None  # authors' file -> our names
-    )
+    # authors' file -> our names
+    import_weights: Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     start: Callable[[nn.Module, Any], None] | None = None  # (model, config): published start weights; fresh runs only
     check: Callable[[Recipe], None] | None = None  # refuse (UserError) or warn before any job with this recipe starts
-    figures: Sequence[Callable[..., Any]] = field(
-        default_factory=tuple
-    )  # report sections of its own (reporting/figures.py)
+    figures: Sequence[Callable[..., Any]] = ()  # report sections of its own (reporting/sections.py)
 
 
 def device_of(model: nn.Module) -> torch.device:

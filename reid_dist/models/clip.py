@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -155,8 +156,7 @@ class TextEmbedding(nn.Module):
         return (text if prompts else self.tokens(text)) + self.positions[: text.shape[1]]
 
 
-@dataclass(frozen=True, slots=True)
-class TowerOutput:
+class TowerOutput(NamedTuple):
     """What a tower gives for n rows."""
 
     tokens: Tensor  # [n, L, W] after the final norm

@@ -17,8 +17,10 @@ from reid_dist.methods.spec import EvalSide, device_of
 SAMPLE = 512  # items per modality that the figure counts
 
 
-def expert_usage(model: nn.Module, recipe: Recipe, view: TableView, sides: Mapping[str, EvalSide]) -> dict[str, Any] | None:
-    """Share of routed (token, slot) pairs per block, modality and expert, over up to SAMPLE test items of each modality.
+def expert_usage(
+    model: nn.Module, recipe: Recipe, view: TableView, sides: Mapping[str, EvalSide]
+) -> dict[str, Any] | None:
+    """Routed (token, slot) pairs per block, modality and expert, over up to SAMPLE test items of each modality.
 
     None where the head has no experts.
     """
@@ -40,7 +42,7 @@ def expert_usage(model: nn.Module, recipe: Recipe, view: TableView, sides: Mappi
     return {
         "kind": "expert_usage",
         "title": "Expert usage by modality",
-        "text": "Each token chooses its experts from one pool shared by images and captions. Even use of all experts gives the "
-        "entropy log E; the balance term rewards it.",
+        "text": "Each token chooses its experts from one pool shared by images and captions. Even use of all experts "
+        "gives the entropy log E; the balance term rewards it.",
         "data": usage,
     }

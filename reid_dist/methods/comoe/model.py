@@ -12,7 +12,7 @@ Shapes: n rows, L tokens, D joint width, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,7 @@ from reid_dist.models.clip import ClipTowers, architecture, end_of_text, take_to
 from reid_dist.models.clip_blocks import Attention, BlockStack, QuickGelu, WideLayerNorm
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(NamedTuple):
     """One modality of n rows."""
 
     feat: Tensor  # [n, D] fused, float32

@@ -19,8 +19,7 @@ Shapes: n rows, L tokens, D width, E experts, k chosen, R = D / reduction.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +73,7 @@ class AdapterExperts(nn.Module):
         return y + weight.sum(dim=-1, keepdim=True) * z if self.residual else y
 
 
-@dataclass(frozen=True, slots=True)
-class Routing:
+class Routing(NamedTuple):
     """Where tokens [n, ..., D] go."""
 
     logits: Tensor  # [n, ..., E] gate values g
@@ -157,8 +155,7 @@ class HeadBlock(nn.Module):
         return x + self.mlp(self.ln2(x)) + mixed, *routing.row_means()
 
 
-@dataclass(frozen=True, slots=True)
-class HeadOutput:
+class HeadOutput(NamedTuple):
     """What the head gives for n rows."""
 
     tokens: Tensor  # [n, L, D]
