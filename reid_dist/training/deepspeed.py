@@ -51,7 +51,20 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=_engine_config(training), dist_init_required=False
     )
+    if training.zero_stage == 0 and any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+        _reduce_in_float64(engine)
     return engine
+
+
+def _reduce_in_float64(engine: Any) -> None:
+    """Let stage 0 average float64 gradients as they are (golden vectors): DeepSpeed refuses the type, and would otherwise
+    send it as float32."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    known = [kind for kind in accelerator.supported_dtypes() if kind != torch.float64]
+    accelerator.supported_dtypes = lambda: [*known, torch.float64]
+    engine.communication_data_type = torch.float64
 
 
 def ensure_process_group() -> None:
