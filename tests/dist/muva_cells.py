@@ -161,6 +161,7 @@ def law_recipe(root: str, training: dict[str, Any] | None = None, **model: Any) 
     """Both stages on the tiny towers: batches of 6 rows, 3 people with 2 images each."""
     config = {
         "arch": "muva-law", "weights": "", "image_size": (32, 16), "masks": ("law",), "instances": 2, "prompt_words": 2,
+        "memory_temperature": 0.05,  # the released 0.01 (in the golden trainers) multiplies rounding by 100
         "prompts": PromptStageConfig(
             epochs=3, optim=OptimConfig(lr=1e-2, weight_decay=1e-4, eps=1e-4),
             schedule=ScheduleConfig(mode="cosine", warmup=1, target_lr=1e-4),
