@@ -154,7 +154,7 @@ class Tree:
             content = loadmat(
                 io.BytesIO(self.store.read(path)), squeeze_me=records, struct_as_record=not records, appendmat=False
             )
-        except (ValueError, TypeError, OSError, NotImplementedError) as error:
+        except Exception as error:  # SciPy raises many kinds: MatReadError, ValueError, TypeError, zlib.error, ...
             raise DatasetError(f"{self.store.uri}: {path} is not a MATLAB file of version 4 to 7.2: {error}") from None
         if key not in content:
             names = ", ".join(sorted(name for name in content if not name.startswith("__")))

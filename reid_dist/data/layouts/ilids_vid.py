@@ -73,10 +73,12 @@ def write(folder: Path, samples: Iterable[Sample]) -> list[str]:
         tree.image(f"{_FRAMES}/cam{sample.camid + 1}/{person}/{name}", sample.image)
         trials[sample.pid] = sample.trials
     people = sorted(trials)
-    rows = [
-        sorted(range(1, len(people) + 1), key=lambda place, k=k: trials[people[place - 1]][k] == "train")
-        for k in range(len(trials[people[0]]))
-    ]
+    rows = []
+    for k in range(len(trials[people[0]])):
+        places: list[list[int]] = [[], []]  # who tests, who trains
+        for place, pid in enumerate(people, 1):
+            places[trials[pid][k] == "train"].append(place)
+        rows.append(places[0] + places[1])
     tree.mat(_SPLITS, {"ls_set": np.array(rows, float)})
     return tree.paths
 

@@ -30,14 +30,15 @@ def read(tree: Tree) -> list[Record]:
     tables = {
         side: tree.read_mat(f"info/tracks_{side}_info.mat", f"track_{side}_info").astype(np.int64) for side in _SIDES
     }
+    for side, table in tables.items():
+        if table.ndim != 2 or table.shape[1] != 4:
+            raise tree.wrong(f"info/tracks_{side}_info.mat", f"has the shape {table.shape}; expected rows of 4")
     asked = tree.read_mat("info/query_IDX.mat", "query_IDX").astype(np.int64).ravel() - 1
     rows = len(tables["test"])
     if asked.size and not (asked.min() >= 0 and asked.max() < rows):
         raise tree.wrong("info/query_IDX.mat", f"names row {asked.max() + 1}; the test table has {rows}")
     queries, records, first, junk = set(asked.tolist()), list[Record](), 0, 0
     for side, table in tables.items():
-        if table.ndim != 2 or table.shape[1] != 4:
-            raise tree.wrong(f"info/tracks_{side}_info.mat", f"has the shape {table.shape}; expected rows of 4")
         for row, facts in enumerate(table.tolist()):
             split = "train" if side == "train" else "query" if row in queries else "gallery"
             junk += facts[2] == JUNK

@@ -25,12 +25,12 @@ _OTHER = re.compile(r"exp/(?!(?:train|val|test)_id\.txt).+")
 
 def read(tree: Tree, val_to_train: bool = True) -> list[Record]:
     """Records by camera, person and number. Raises DatasetError naming file and value."""
-    splits: dict[int, str] = {}
-    for split in SPLITS:
-        for pid in id_list(tree, f"exp/{split}_id.txt"):
-            if pid in splits:
-                raise tree.wrong(f"exp/{split}_id.txt", f"lists {pid}, which exp/{splits[pid]}_id.txt lists too")
-            splits[pid] = "train" if split == "val" and val_to_train else split
+    listed: dict[int, str] = {}
+    for side in SPLITS:
+        for pid in id_list(tree, f"exp/{side}_id.txt"):
+            if listed.setdefault(pid, side) != side:
+                raise tree.wrong(f"exp/{side}_id.txt", f"lists {pid}, which exp/{listed[pid]}_id.txt lists too")
+    splits = {pid: "train" if side == "val" and val_to_train else side for pid, side in listed.items()}
     records, unlisted = [], 0
     for camera in range(1, 7):
         for path, found in tree.matched(f"cam{camera}", _NAME, "0001/0001.jpg"):

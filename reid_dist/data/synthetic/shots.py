@@ -7,7 +7,7 @@ tracklets and trials are those that the layout's parser returns, so that writer 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from reid_dist.data.synthetic.identity import Identity
@@ -79,10 +79,10 @@ def market_shots(world: World) -> list[Shot]:
     shots = [shot for shot in image_shots(world) if shot.person.split != "distractor"]
     for person in world.people["distractor"]:
         camid = world.cameras_of(person)[0]
-        base = {"person": person, "seen_by": camid, "split": "gallery", "camid": camid, "frame": person.index}
-        shots.append(Shot(moment=0, pid=0, **base))
+        shot = replace(_plain(person, camid, 0, "gallery", 0), frame=person.index)
+        shots.append(shot)
         if person.index % 2:
-            shots.append(Shot(moment=1, pid=-1, zoom=JUNK_ZOOM, **base))
+            shots.append(replace(shot, moment=1, pid=-1, zoom=JUNK_ZOOM))
     return shots
 
 
@@ -243,7 +243,7 @@ def _next(shots: list[Shot]) -> int:
 
 def sysu_shots(world: World) -> list[Shot]:
     """Cameras 1 to 6, of which 3 and 6 are infrared; everybody is seen by all; validation people are marked as such."""
-    first, shots = 1, []
+    first, shots = 1, list[Shot]()
     for split in ("train", "val", "test"):
         for person in world.people[split]:
             for camid in range(1, 7):
@@ -267,7 +267,7 @@ def regdb_shots(world: World) -> list[Shot]:
 
 def llcm_shots(world: World) -> list[Shot]:
     """Cameras 1 to 9 in both modalities, but no infrared camera 3; a person meets some of them."""
-    shots = []
+    shots: list[Shot] = []
     for split, first in (("train", TRAINING), ("test", 1 + world.num_train)):
         for person in world.people[split]:
             for camera in world.cameras_of(person):

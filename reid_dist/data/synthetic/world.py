@@ -169,7 +169,8 @@ class World:
         level = DIFFICULTIES[self.difficulty]
         side = passage.choice(YAWS, p=camera.yaws) + passage.uniform(-0.3, 0.3)
         scale, light, start = passage.uniform(0.83, 0.91), passage.uniform(0.85, 1.15), passage.uniform(0, 2 * math.pi)
-        shift, lift, stretch = rng.normal(0, level.crop, 3)
+        # a tracker's boxes jump less than a detector's
+        shift, lift, stretch = rng.normal(0, level.crop / (1 if self.max_frames == 1 else 2), 3)
         view = View(
             yaw=float(side * 2 * math.pi / YAWS),
             phase=float(start + person.gait_phase + person.gait_speed * frame),

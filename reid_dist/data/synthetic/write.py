@@ -115,7 +115,8 @@ def write_synthetic(
     paths = form.write(target, _drawn(world, plan, layout, progress, masks if parts is not None else None))
     if parts is not None:
         Path(parts).parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(parts, **dict(zip(paths, masks, strict=True)))
+        named: dict[str, Any] = dict(zip(paths, masks, strict=True))
+        np.savez_compressed(parts, **named)
     return world
 
 
