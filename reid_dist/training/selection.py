@@ -11,6 +11,7 @@ from torch import nn
 from reid_dist.config import Recipe
 from reid_dist.data.store import open_view
 from reid_dist.evaluation.distributed.retrieval import encode_all, plan_retrieval, score
+from reid_dist.evaluation.pipeline import Options
 from reid_dist.evaluation.protocols import get as get_protocol
 from reid_dist.training.context import RunContext
 from reid_dist.training.worker import Prepared
@@ -37,7 +38,8 @@ def evaluator(recipe: Recipe, prepared: Prepared) -> Evaluator | None:
     else:
         view = prepared.data.val
     protocol = get_protocol(recipe.evaluation.protocol or spec.protocol)
-    retrieval = plan_retrieval(protocol, view, selection_split=training.select_on == "val")
+    retrieval = plan_retrieval(protocol, view, training.select_on == "val", trial=recipe.data.trial)
+    options = Options(memory_mb=recipe.evaluation.memory_mb)
 
     def evaluate(model: nn.Module, ctx: RunContext) -> dict[str, float]:
         features = encode_all(
@@ -51,7 +53,7 @@ def evaluator(recipe: Recipe, prepared: Prepared) -> Evaluator | None:
             ),
         )
         record = (
-            score(retrieval, features, spec.similarity, recipe.evaluation.memory_mb, refuse_constant=False)[0]
+            score(retrieval, features, spec.similarity, options, refuse_constant=False)[0]
             if ctx.rank == 0
             else {}
         )

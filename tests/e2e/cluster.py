@@ -1,0 +1,89 @@
+"""A real local Ray head with token authentication, as `ray job submit` meets it: own temp folder, own ports, ended by its pid."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Head:
+    """A running head: `environment` is what a client needs."""
+
+    dashboard: str
+    environment: dict[str, str]
+
+    def submit(self, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """`ray job submit --working-dir . -- python -m <words>`, followed to its end."""
+        command = [str(BIN / "ray"), "job", "submit", "--address", self.dashboard, "--working-dir", ".", "--"]
+        return subprocess.run(
+            [*command, sys.executable, "-m", *words],
+            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+
+
+@contextmanager
+def head(num_cpus: int = 4) -> Iterator[Head]:
+    """Start one and end it (SIGTERM to its own process, which ends all it started)."""
+    folder = Path(tempfile.mkdtemp(prefix="reid-head-", dir="/tmp"))
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    port = free_port()
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
+    log = (folder / "head.log").open("w")
+    process = subprocess.Popen(
+        [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--port=0",
+         f"--temp-dir={folder}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
+         f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
+         f"--num-cpus={num_cpus}", "--object-store-memory=200000000", "--disable-usage-stats"],
+        env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 90
+        while not (folder / "ray_current_cluster").exists() or not _answers(port):
+            assert process.poll() is None, (folder / "head.log").read_text()[-2000:]
+            assert time.monotonic() < deadline, "the head did not come up in 90 s"
+            time.sleep(0.5)
+        yield Head(f"http://127.0.0.1:{port}", environment)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
