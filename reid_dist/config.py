@@ -34,8 +34,10 @@ class DataConfig:
 
     root: str = "data"  # folder or s3:// prefix that holds tables/
     train: tuple[str, ...] = ()  # tables whose train split is learned from
+    train_splits: tuple[str, ...] = ("train",)  # [train, query, gallery]: all images of the sources ("all" protocols)
     val: tuple[str, ...] = ()  # tables whose val split selects; empty: those of `train`
     test: tuple[str, ...] = ()  # tables that are scored
+    trial: int = 0  # which train/test division of sets that have several (RegDB, iLIDS-VID, CUHK03 classic, ...)
     val_fraction: float = 0.0  # share of the training identities held out where a table has no val split
     cache: str = ""  # node-local cache folder; empty: $REID_CACHE, else ~/.cache/reid-dist
     cache_gb: float = 50.0  # the cache evicts its least recently used entries beyond this size

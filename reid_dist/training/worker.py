@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +20,7 @@ from reid_dist.runs import Run
 from reid_dist.training.loop import Hooks, Worker
 
 logger = logging.getLogger(__name__)
+WITH_DISTRACTORS = ("market-1501", "mars")  # domains whose id 0 is no person; elsewhere 0 is an ordinary id
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,13 @@ def open_data(recipe: Recipe) -> TrainingData:
     """
     if not recipe.data.train:
         raise UserError("data.train is empty: name at least one packed table, for example data.train=[cuhk-pedes]")
-    train = open_view(recipe.data, recipe.data.train, ("train",))
+    both = sorted(set(recipe.data.train) & set(recipe.data.test))
+    if both and set(recipe.data.train_splits) - {"train", "val"}:
+        raise UserError(
+            f"data.train_splits={list(recipe.data.train_splits)} learns from the test images of {', '.join(both)}, which "
+            "data.test scores: keep test tables out of data.train"
+        )
+    train = _people(open_view(recipe.data, recipe.data.train, recipe.data.train_splits))
     val: TableView | None = open_view(recipe.data, recipe.data.val or recipe.data.train, ("val",))
     if val is not None and len(val) == 0:
         val = None
@@ -48,6 +56,13 @@ def open_data(recipe: Recipe) -> TrainingData:
     if len(train) == 0:
         raise UserError(f"tables {', '.join(recipe.data.train)} under {recipe.data.root} have no rows of split 'train'")
     return TrainingData(train=train, val=val)
+
+
+def _people(view: TableView) -> TableView:
+    """Without junk (negative ids) and, in a gallery, distractors (id 0 of Market-1501 and MARS): they are nobody."""
+    distractor = (view.pid == 0) & (view.split == "gallery") & np.isin(view.domain_name, WITH_DISTRACTORS)
+    nobody = (view.pid < 0) | distractor
+    return view.select(~nobody) if nobody.any() else view
 
 
 def prepare(recipe: Recipe, init_weights: Callable[[MethodSpec, nn.Module], None] | None = None) -> Prepared:
