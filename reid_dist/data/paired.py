@@ -52,7 +52,8 @@ def modality_rows(view: TableView) -> ModalityRows:
     single = np.setdiff1d(label, both)
     if not len(both):
         raise UserError(
-            f"{view.describe()}: no training identity has both visible and infrared images ({len(single)} have one kind)"
+            f"{view.describe()}: no training identity has both visible and infrared images "
+            f"({len(single)} have one kind)"
         )
     if len(single):
         names = ", ".join(str(pid) for pid in np.unique(np.asarray(view.pid)[np.isin(label, single)])[:8].tolist())
@@ -70,10 +71,10 @@ def modality_rows(view: TableView) -> ModalityRows:
 def lay_out_pairs(
     visible_label: np.ndarray, infrared_label: np.ndarray, identities: int, instances: int, rng: Any
 ) -> np.ndarray:
-    """Positions int64 [M, 2] (visible, infrared) of one epoch: floor(max(n_vis, n_ir) / (P K)) + 1 batches of P K pairs.
+    """Positions int64 [M, 2] (visible, infrared) of one epoch: floor(max(n_vis, n_ir) / (P K)) + 1 batches of P K.
 
-    `rng` has NumPy's `choice`; per batch it draws P identities without replacement, then for each K visible and K infrared
-    positions with replacement, in this order (the original's draws replay).
+    `rng` has NumPy's `choice`; per batch it draws P identities without replacement, then for each K visible and K
+    infrared positions with replacement, in this order (the original's draws replay).
     """
     by_label = [_positions(labels) for labels in (visible_label, infrared_label)]
     known = np.unique(visible_label)
@@ -98,22 +99,22 @@ class PairedIdentityPlan(EpochPlan):
     def __init__(
         self, visible_label: np.ndarray, infrared_label: np.ndarray, global_batch: int, instances: int, seed: int
     ) -> None:
-        """Raises UserError: a batch that is no multiple of K, fewer than two identities in it, or too few in the data."""
+        """Raises UserError: a batch that is no multiple of K, or of fewer than 2 or more identities than there are."""
         identities, rest = divmod(global_batch, instances)
         if rest:
             raise UserError(
-                f"training.global_batch={global_batch} pairs must be a multiple of model.instances={instances}"
+                f"training.global_batch={global_batch} pairs: must be a multiple of model.instances={instances}"
             )
         if identities < 2:
             raise UserError(
-                f"training.global_batch={global_batch} with model.instances={instances} gives {identities} identity per batch: "
-                "the triplet needs at least 2"
+                f"training.global_batch={global_batch} with model.instances={instances} gives {identities} identity "
+                "per batch: the triplet needs at least 2"
             )
         known = len(np.unique(visible_label))
         if known < identities:
             raise UserError(
-                f"a batch of {identities} identities was asked for (training.global_batch={global_batch}, model.instances="
-                f"{instances}), the training data has {known}: lower training.global_batch"
+                f"a batch of {identities} identities was asked for (training.global_batch={global_batch}, "
+                f"model.instances={instances}), the training data has {known}: lower training.global_batch"
             )
         self._width = len(infrared_label)
 

@@ -54,8 +54,8 @@ def weighted_pairs(
 ) -> tuple[Tensor, Tensor]:
     """AGW's softmax-weighted mean distance of each of our rows to its positives and to its negatives: ([n], [n]).
 
-    Weights of positives grow with distance (shifted by the largest), those of negatives fall with it (the original's shift
-    is a maximum over masked zeros, hence 0: beyond distances of about 14 the 1e-6 below takes over; kept).
+    Weights of positives grow with distance (shifted by the largest), those of negatives fall with it (the original's
+    shift is a maximum over masked zeros, hence 0: beyond distances of about 14 the 1e-6 below takes over; kept).
     """
     rows = own(len(label), rows)
     if normalize:

@@ -1,7 +1,7 @@
 """Bottleneck residual networks in pieces: stem, residual unit, trunk; torchvision's parameter names.
 
-Methods put the pieces together (a stem per modality over one trunk, a trunk without its last stage, stride 1 in the last
-stage), so there is no class for the whole network. Equal to torchvision's `resnet50` with equal weights: the 3x3
+Methods put the pieces together (a stem per modality over one trunk, a trunk without its last stage, stride 1 in the
+last stage), so there is no class for the whole network. Equal to torchvision's `resnet50` with equal weights: the 3x3
 convolution and the projection carry the stride. Batch norm is synchronised (models/batchnorm.py).
 Sources: He et al. (CVPR 2016); methods/rle.md section 3.
 """
@@ -9,7 +9,7 @@ Sources: He et al. (CVPR 2016); methods/rle.md section 3.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ EXPANSION = 4  # output channels of a residual unit over those of its 3x3 convol
 
 @dataclass(frozen=True, slots=True)
 class ResNetShape:
-    """Sizes of a stem and a trunk. `strides` and `depths` have one entry per stage; stage s has 2^s * width channels."""
+    """Sizes of a stem and a trunk. `strides` and `depths`: one entry per stage; stage s is 2^s * width wide inside."""
 
     stem: int = 64
     width: int = 64
@@ -67,7 +67,10 @@ class Stem(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Residual unit 1x1, 3x3 (stride, dilation), 1x1; a projection where the shape changes. [n, in, H, W] -> [n, 4 mid, ...]."""
+    """Residual unit 1x1, 3x3 (stride, dilation), 1x1: [n, in, H, W] -> [n, 4 mid, H/stride, W/stride].
+
+    The shortcut is a projection where the shape changes.
+    """
 
     def __init__(self, inputs: int, mid: int, stride: int = 1, dilation: int = 1) -> None:
         super().__init__()
@@ -119,7 +122,7 @@ def init_convolutions(module: nn.Module) -> None:
 
 
 def read_imagenet(source: str) -> dict[str, Tensor]:
-    """State of torchvision's `resnet50`: "imagenet" (downloaded, IMAGENET1K_V1), a local path or s3://. Raises UserError."""
+    """State of torchvision's `resnet50`: "imagenet" (download of IMAGENET1K_V1), a path or s3://. Raises UserError."""
     if source == "imagenet":
         from torchvision.models import ResNet50_Weights
 
@@ -127,8 +130,8 @@ def read_imagenet(source: str) -> dict[str, Tensor]:
             state: dict[str, Tensor] = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"model.weights=imagenet cannot be downloaded ({error}): give model.weights=PATH to resnet50-0676ba61.pth, "
-                'or model.weights="" to start from random weights'
+                f"model.weights=imagenet cannot be downloaded ({error}): give model.weights=PATH to "
+                'resnet50-0676ba61.pth, or model.weights="" to start from random weights'
             ) from None
         return state
     from reid_dist.storage import cached_file
@@ -143,15 +146,14 @@ def read_imagenet(source: str) -> dict[str, Tensor]:
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def load_stem_and_trunk(stems: tuple[Stem, ...], trunk: Trunk, state: Mapping[str, Tensor]) -> None:
+def load_stem_and_trunk(stems: Iterable[nn.Module], trunk: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Fill stems and trunk from torchvision's names; stages that `trunk` lacks are left. Raises UserError."""
-    for part in (*stems, trunk):
+    parts = [*stems, trunk]
+    for part in parts:
         own = part.state_dict()
         wrong = [name for name, value in own.items() if name not in state or state[name].shape != value.shape]
         wrong = [name for name in wrong if not name.endswith("num_batches_tracked")]  # absent from the first upload
         if wrong:
-            raise UserError(
-                f"the ImageNet weights do not fit: {len(wrong)} tensors missing or of another shape, first {wrong[0]}"
-            )
+            raise UserError(f"the ImageNet weights do not fit: {len(wrong)} tensors lack or differ, first {wrong[0]}")
         part.load_state_dict({name: state.get(name, value) for name, value in own.items()})
-    logger.info("ImageNet weights loaded into %d stems and %d stages", len(stems), len(list(trunk.children())))
+    logger.info("ImageNet weights loaded into %d stems and %d stages", len(parts) - 1, len(list(trunk.children())))

@@ -1,4 +1,4 @@
-"""The `model:` section of an RLE recipe. Defaults are the released code's on SYSU-MM01 (methods/rle.md sections 3-8)."""
+"""The `model:` section of an RLE recipe. Defaults: the released code on SYSU-MM01 (methods/rle.md sections 3-8)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class AugmentConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"augment.{name}={getattr(self, name)}: a probability between 0 and 1")
         for name in ("moderate_beta", "radical_beta"):
-            if not 0 < getattr(self, name):
+            if getattr(self, name) <= 0:
                 raise ValueError(f"augment.{name}={getattr(self, name)}: must be positive")
         if not 0 < self.area[0] <= self.area[1] <= 1 or not 0 < self.least_aspect <= 1:
             raise ValueError(

@@ -65,7 +65,8 @@ def augmentation(
     return {
         "kind": "images",
         "title": "What the augmentation does",
-        "text": "Moderate enhancement mixes the channels into one grey image, radical enhancement scales random rectangles "
-        "channel by channel, erasing fills one. The whole chain draws each with its own probability, besides crop and mirror.",
+        "text": "Moderate enhancement mixes the channels into one grey image, radical enhancement scales random "
+        "rectangles channel by channel, erasing fills one. The whole chain draws each with its own probability, "
+        "besides crop and mirror.",
         "data": strips,
     }

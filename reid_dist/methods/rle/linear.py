@@ -1,9 +1,9 @@
 """Random linear enhancement: the two operators and erasing, as pure functions of an image and its draws.
 
-RLE (NeurIPS 2024) section 3 and Algorithm 1, by methods/rle.md section 5: moderate enhancement writes one random convex
-mixture of the channels into all of them; radical enhancement multiplies random rectangles, channel by channel, by random
-gains until some pixel's cumulative gain is small. Ours: where a rectangle is black in a channel its maximum counts as 1
-(the original divides by zero), and nothing works in place on the caller's image.
+RLE (NeurIPS 2024) section 3 and Algorithm 1, by methods/rle.md section 5: moderate enhancement writes one random
+convex mixture of the channels into all of them; radical enhancement multiplies random rectangles, channel by channel,
+by random gains until some pixel's cumulative gain is small. Ours: where a rectangle is black in a channel its maximum
+counts as 1 (the original divides by zero).
 
 Draws come one by one from a `Source` in the original's order, so recorded draws replay; in training it is the row's own
 generator (data/draws.py). Images are float32 [channels, rows, columns] in [0, 1].

@@ -1,8 +1,8 @@
 """RLE as a job: one stage of visible-infrared pairs, synchronised batch norm, gathered triplet (methods/rle.md).
 
-What we changed and why: one plan of the global batch in pairs, so every slice holds both modalities equally; every batch
-norm sums over ranks; the triplet sees all rows; augmentation draws are keyed by pair, so nothing depends on the number of
-workers. `training.global_batch` counts pairs: 24 are 24 visible and 24 infrared images.
+What we changed and why: one plan of the global batch in pairs, so every slice holds both modalities equally; every
+batch norm sums over ranks; the triplet sees all rows; augmentation draws are keyed by pair, so nothing depends on the
+number of workers. `training.global_batch` counts pairs: 24 are 24 visible and 24 infrared images.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from reid_dist.methods.spec import (
     Terms,
     TrainingData,
 )
-from reid_dist.models.resnet import Stem, Trunk, load_stem_and_trunk, read_imagenet
+from reid_dist.models.resnet import load_stem_and_trunk, read_imagenet
 
 if TYPE_CHECKING:
     from reid_dist.data.store import TableView
@@ -133,8 +133,8 @@ def check(recipe: Recipe) -> None:
     """Refuse what batch norm cannot be computed with. Raises UserError."""
     if recipe.training.activation_checkpointing:
         raise UserError(
-            "training.activation_checkpointing=true: RLE has batch norm, whose running statistics would move twice per step; "
-            "set it to false and use more workers if memory is short"
+            "training.activation_checkpointing=true: RLE has batch norm, whose running statistics would move twice per "
+            "step; set it to false and use more workers if memory is short"
         )
 
 
@@ -144,10 +144,9 @@ def start(model: nn.Module, config: Config) -> None:
         return
     assert isinstance(model, TwoStream)
     stems = (model.visible_stem, model.infrared_stem)
-    assert isinstance(stems[0], Stem) and isinstance(stems[1], Stem) and isinstance(model.trunk, Trunk)
     if config.arch != "resnet50":
         raise UserError(f'model.arch={config.arch} has no ImageNet weights: set model.weights=""')
-    load_stem_and_trunk((stems[0], stems[1]), model.trunk, read_imagenet(config.weights))
+    load_stem_and_trunk(stems, model.trunk, read_imagenet(config.weights))
 
 
 def eval_batch(config: Config, view: TableView, side: EvalSide, index: np.ndarray) -> Batch:

@@ -105,7 +105,7 @@ def network_shape(config: Config) -> ResNetShape:
     """Sizes of the config's stems and trunk, without the last stage where it asks for that."""
     shape = shape_of(config.arch)
     depths = shape.depths if config.last_stage else shape.depths[:-1]
-    strides = shape.strides[: len(depths) - 1] + (1,) if config.last_stage else shape.strides[: len(depths)]
+    strides = (*shape.strides[:-1], 1) if config.last_stage else shape.strides[: len(depths)]
     return ResNetShape(shape.stem, shape.width, depths, strides)
 
 

@@ -1,4 +1,4 @@
-"""RLE's objective (methods/rle.md section 4): per branch cross-entropy + triplet, stripes averaged, plus the global branch.
+"""RLE's objective (methods/rle.md section 4): cross-entropy + triplet, mean of the stripes plus the global branch.
 
 L = [CE(p1) + CE(p2) + CE(p3)] / 3 + CE(g) + [T(p1) + T(p2) + T(p3)] / 3 + T(g)
 """
@@ -39,12 +39,11 @@ def objective(
         weight * share(F.cross_entropy(logit[:, b], label[rows], reduction="none"), len(label), world_size)
         for b, weight in enumerate(BRANCH_WEIGHTS)
     )
-    shared = {"rows": rows, "world_size": world_size}
-    if config.triplet == "weighted":
-        triplets = [weighted_regularised_triplet(feat[:, b], label, **shared) for b in range(len(BRANCH_WEIGHTS))]
-    else:
-        triplets = [
-            batch_hard_triplet(feat[:, b], label, margin=config.margin, **shared) for b in range(len(BRANCH_WEIGHTS))
-        ]
-    triplet = sum(weight * value for weight, value in zip(BRANCH_WEIGHTS, triplets, strict=True))
+
+    def triplet_of(branch: Tensor) -> Tensor:
+        if config.triplet == "weighted":
+            return weighted_regularised_triplet(branch, label, rows=rows, world_size=world_size)
+        return batch_hard_triplet(branch, label, margin=config.margin, rows=rows, world_size=world_size)
+
+    triplet = sum(weight * triplet_of(feat[:, b]) for b, weight in enumerate(BRANCH_WEIGHTS))
     return {"id": torch.as_tensor(cross_entropy), "triplet": torch.as_tensor(triplet)}

@@ -1,7 +1,8 @@
 """Released RLE checkpoints: their names -> ours (methods/rle.md section 3).
 
-A released file stores four complete ResNet-50s, of which one stem each for the modalities and one trunk are used; the
-rest (70 M of 97 M weights) is dropped, and how much of what is said. `net` around the tensors is taken off by the reader.
+A released file stores four complete ResNet-50s, of which one stem each for the modalities and one trunk are used;
+the rest (70 M of 97 M weights) is dropped, and how much of what is said. `net` around the tensors is taken off by the
+reader.
 """
 
 from __future__ import annotations
