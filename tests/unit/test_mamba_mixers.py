@@ -100,7 +100,8 @@ def test_four_direction_block(case: Path) -> None:
         "norm_weight": "norm.weight", "norm_bias": "norm.bias", "op_in_proj_weight": "in_proj.weight",
         "op_conv2d_weight": "conv.weight", "op_conv2d_bias": "conv.bias", "op_x_proj_weight": "x_weight",
         "op_dt_projs_weight": "dt_weight", "op_dt_projs_bias": "dt_bias", "op_A_logs": "A_log", "op_Ds": "D",
-        "op_out_norm_weight": "out_norm.weight", "op_out_norm_bias": "out_norm.bias", "op_out_proj_weight": "out_proj.weight",
+        "op_out_norm_weight": "out_norm.weight", "op_out_norm_bias": "out_norm.bias",
+        "op_out_proj_weight": "out_proj.weight",
     }  # fmt: skip
     check_module(module, c, ours)
 

@@ -21,8 +21,9 @@ from tests.unit.mamba_names import close, tensor
 INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
 
-def textbook(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
-             delta_bias: Tensor | None = None, delta_softplus: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+def textbook(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+             z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+             ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, one token after the other."""
     batch, channels, length = u.shape
 
@@ -186,17 +187,15 @@ def test_engine_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mamba_ssm_call_keeps_its_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Types, layouts and keywords handed to the package (specification 3.6); its kernel is replaced by the definition."""
+    """Types, layouts and keywords handed to the package (specification 3.6); the definition stands in for its kernel."""
     import types
 
     seen: dict[str, Any] = {}
 
-    def kernel(
-        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, return_last_state: bool, **rest: Any
-    ) -> Any:
-        seen.update(u=u, delta=delta, A=A, B=B, C=C, **rest)
+    def kernel(u: Tensor, delta: Tensor, *matrices: Tensor, return_last_state: bool, **rest: Any) -> Any:
+        seen.update(u=u, delta=delta, **dict(zip("ABC", matrices, strict=True)), **rest)
         assert return_last_state
-        return textbook(u, delta, A, B, C, **rest)
+        return textbook(u, delta, *matrices, **rest)
 
     package = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
     package.selective_scan_fn = kernel  # type: ignore[attr-defined]

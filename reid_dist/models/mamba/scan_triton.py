@@ -35,9 +35,10 @@ def _forward(  # type: ignore[no-untyped-def]
     tile = in_d[:, None] & in_n[None, :]
     place = n[None, :] * channels + d[:, None]
     rate = tl.load(A + place, mask=tile, other=0.0)
-    b = tl.load(B + place, mask=tile, other=0.0) if CONST_B else tl.zeros([D, N], dtype=rate.dtype)
-    c = tl.load(C + place, mask=tile, other=0.0) if CONST_C else tl.zeros([D, N], dtype=rate.dtype)
-    h = tl.zeros([D, N], dtype=rate.dtype)
+    zero = tl.zeros([D, N], dtype=rate.dtype)
+    b = tl.load(B + place, mask=tile, other=0.0) if CONST_B else zero
+    c = tl.load(C + place, mask=tile, other=0.0) if CONST_C else zero
+    h = zero
     for t in range(length):
         if KEEP and t % CHUNK_ == 0:
             tl.store(kept + (row * chunks + t // CHUNK_) * states * channels + place, h, mask=tile)
@@ -45,13 +46,9 @@ def _forward(  # type: ignore[no-untyped-def]
         xt = tl.load(x + at, mask=in_d, other=0.0)
         st = tl.load(s + at, mask=in_d, other=0.0)
         if not CONST_B:
-            b = tl.load(B + (row * length + t) * states + n, mask=in_n, other=0.0)[None, :] + tl.zeros(
-                [D, N], dtype=rate.dtype
-            )
+            b = tl.load(B + (row * length + t) * states + n, mask=in_n, other=0.0)[None, :] + zero
         if not CONST_C:
-            c = tl.load(C + (row * length + t) * states + n, mask=in_n, other=0.0)[None, :] + tl.zeros(
-                [D, N], dtype=rate.dtype
-            )
+            c = tl.load(C + (row * length + t) * states + n, mask=in_n, other=0.0)[None, :] + zero
         h = tl.exp(st[:, None] * rate) * h + xt[:, None] * b
         tl.store(y + at, tl.sum(h * c, axis=1), mask=in_d)
     tl.store(last + row * states * channels + place, h, mask=tile)
@@ -75,6 +72,7 @@ def _backward(  # type: ignore[no-untyped-def]
     b = tl.load(B + place, mask=tile, other=0.0) if CONST_B else zero
     c = tl.load(C + place, mask=tile, other=0.0) if CONST_C else zero
     own = scratch + (row * blocks + part) * CHUNK_ * D * N + tl.arange(0, D)[:, None] * N + n[None, :]
+    mine = part.to(tl.int64) * tl.num_programs(0) * length * states  # this program's part of dB and dC
     sent = zero  # exp(s_{t+1} A) lam_{t+1}
     sum_a = zero
     sum_b = zero
@@ -111,31 +109,23 @@ def _backward(  # type: ignore[no-untyped-def]
             if CONST_C:
                 sum_c += gt[:, None] * now
             else:
-                tl.store(
-                    dC + part * length * states * tl.num_programs(0) + by_state,
-                    tl.sum(gt[:, None] * now, axis=0),
-                    mask=in_n,
-                )
+                tl.store(dC + mine + by_state, tl.sum(gt[:, None] * now, axis=0), mask=in_n)
             if CONST_B:
                 sum_b += lam * xt[:, None]
             else:
-                tl.store(
-                    dB + part * length * states * tl.num_programs(0) + by_state,
-                    tl.sum(lam * xt[:, None], axis=0),
-                    mask=in_n,
-                )
+                tl.store(dB + mine + by_state, tl.sum(lam * xt[:, None], axis=0), mask=in_n)
             tl.store(dx + at, tl.sum(lam * b, axis=1), mask=in_d)
             sent = decay * lam
             w = sent * before
             tl.store(ds + at, tl.sum(w * rate, axis=1), mask=in_d)
             sum_a += w * st[:, None]
         tl.debug_barrier()
-    mine = row * states * channels + place
-    tl.store(dA + mine, sum_a, mask=tile)
+    whole = row * states * channels + place
+    tl.store(dA + whole, sum_a, mask=tile)
     if CONST_B:
-        tl.store(dB + mine, sum_b, mask=tile)
+        tl.store(dB + whole, sum_b, mask=tile)
     if CONST_C:
-        tl.store(dC + mine, sum_c, mask=tile)
+        tl.store(dC + whole, sum_c, mask=tile)
 
 
 class SelectiveScan(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Mixers of the ablations (methods/climb.md section 3.5). CLIMB's recipe uses none of them; paper table 5 compares orders.
+"""Mixers of the ablations (methods/climb.md section 3.5); no recipe uses them, paper table 5 compares orders.
 
 StrideMambaMixer (MambaMIL's SR mixer), ThreeWayMambaMixer (Vivim's), FourDirectionBlock (VMamba's SS2D).
 """
@@ -66,7 +66,7 @@ def cross_scan(x: Tensor) -> Tensor:
 
 
 def cross_merge(y: Tensor) -> Tensor:
-    """[b, 4, c, h, w], routes in the order of `cross_scan`, each unrolled as h * w -> sum on the pixels [b, c, h * w]."""
+    """[b, 4, c, h, w], routes as of `cross_scan`, each unrolled as h * w -> sum on the pixels [b, c, h * w]."""
     h, w = y.shape[-2:]
     routes = y.flatten(-2)
     rows, columns = (routes[:, :2] + routes[:, 2:].flip(-1)).unbind(1)
