@@ -61,7 +61,7 @@ def page_input(card: dict[str, Any], metrics: list[dict[str, Any]], evaluations:
     spec = methods.get(recipe["method"])
     trained = [e for e in evaluations if e["record"]["checkpoint"] != "start"]
     untrained = [e for e in evaluations if e["record"]["checkpoint"] == "start"]
-    main_one = max(trained or untrained, key=lambda e: e["record"]["step"])
+    main_one = max(trained or untrained, key=lambda e: (e["record"]["step"], not e["record"].get("label")))
     scored = [*sorted(trained, key=lambda e: -e["record"]["step"]), *untrained]
     several = len({(e["record"]["protocol"], tuple(e["record"]["tables"])) for e in scored}) > 1
     named = {_row_name(e["record"], several): e["record"] for e in scored}
@@ -85,15 +85,18 @@ def page_input(card: dict[str, Any], metrics: list[dict[str, Any]], evaluations:
 
 def _row_name(record: dict[str, Any], several: bool) -> str:
     name = "untrained" if record["checkpoint"] == "start" else f"step {record['step']}"
+    name += f", trial {record['trial']}" if "trial" in record else ""
+    name += f" ({record['label']})" if record.get("label") else ""  # expanded or re-ranked
     return f"{name}, {'+'.join(record['tables'])}, {record['protocol']}" if several else name
 
 
 def _view(recipe: dict[str, Any], evaluation: dict[str, Any], root: str | None) -> tuple[Any, bool]:
     from reid_dist.config import DataConfig, typed
+    from reid_dist.data.leaks import tested
     from reid_dist.data.store import open_view
 
     data = typed(DataConfig, recipe["data"] | {"root": root or evaluation["data"]["root"]}, "data")
-    view = open_view(data, evaluation["data"]["tables"], ("test", "query", "gallery"))
+    view = tested(open_view(data, evaluation["data"]["tables"]))
     return view, any("synthetic" in table.facts.notes for table in view.tables)
 
 

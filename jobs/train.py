@@ -42,6 +42,8 @@ def train(recipe: Recipe, plan_only: bool = False) -> dict[str, Any]:
     """Plan or run one recipe; returns the job's record."""
     started = time.time()
     from reid_dist import methods
+    from reid_dist.data.leaks import check_leaks
+    from reid_dist.data.store import open_view
     from reid_dist.runs import Run, identity_of, ship_logs
     from reid_dist.training.loaded import facts_dict
     from reid_dist.training.worker import open_data
@@ -50,6 +52,7 @@ def train(recipe: Recipe, plan_only: bool = False) -> dict[str, Any]:
     if spec.check:
         spec.check(recipe)
     data = open_data(recipe)
+    check_leaks(data.train, open_view(recipe.data, recipe.data.test or recipe.data.train))
     plan = plan_of(recipe, list(spec.stages(recipe, data)), data)
     for key, value in plan.items():
         logger.info("plan: %s = %s", key, value)

@@ -228,7 +228,9 @@ def build_recipe(mapping: Mapping[str, Any], method_config: Callable[[str], type
     rest = {key: value for key, value in mapping.items() if key != "model"}
     recipe = dataclasses.replace(typed(Recipe, rest, ""), model=model)
     if not recipe.name or "/" in recipe.name or recipe.name.startswith("."):
-        raise RecipeError(f"name={recipe.name!r}: a run's name is one folder name, without '/' and not starting with '.'")
+        raise RecipeError(
+            f"name={recipe.name!r}: a run's name is one folder name, without '/' and not starting with '.'"
+        )
     return recipe
 
 
@@ -277,7 +279,9 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         kinds = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else list(args)
         if len(kinds) != len(value):
             raise RecipeError(f"{name}={value!r}: expected {len(kinds)} entries, got {len(value)}")
-        return tuple(_value(kind, item, f"{name}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+        return tuple(
+            _value(kind, item, f"{name}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+        )
     if origin is dict:
         if not isinstance(value, Mapping):
             raise RecipeError(f"{name}={value!r}: expected a mapping")

@@ -305,10 +305,13 @@ class TableView:
 
 
 def open_view(data: DataConfig, names: Sequence[str], splits: Sequence[str] = ()) -> TableView:
-    """The rows of tables `names` under `data.root` whose split is one of `splits` (empty: all), in table order."""
+    """The rows of tables `names` under `data.root` whose split is one of `splits` (empty: all), in table order.
+
+    Splits are those of division `data.trial` of sets that have several. Raises UserError when there is no such division.
+    """
     doubled = sorted({name for name in names if list(names).count(name) > 1})
     if doubled:
         raise UserError(f"table {', '.join(doubled)} is named twice")
     cache = NodeCache(data.cache, data.cache_gb)
-    view = TableView([open_table(data.root, name, cache=cache) for name in names])
+    view = TableView([open_table(data.root, name, cache=cache) for name in names]).trial(data.trial)
     return view.select(np.isin(view.split, list(splits))) if splits else view

@@ -1,23 +1,24 @@
 """Anybody's features in one file, so that users of other libraries can be scored here by one line.
 
 npz, or Parquet with the same columns: `feat` [N, D] (in Parquet a list per row), `pid` [N], `camid` [N] (-1 = no
-camera), `split` [N] of "query" / "gallery"; where the protocol needs them `modality` [N] of "rgb" / "ir", `tracklet`
-[N], `trial` [N], `path` [N]; optional `id` [N], a key that must not come twice on a side of a trial (a sampler's padded
-duplicates are found by it).
+camera), `split` [N] of "query" / "gallery" ("test": either side, the protocol decides; "train", "val", "unused" are
+passed over); where the protocol needs them `modality` [N] of "rgb" / "ir", `tracklet` [N], `trial` [N], `path` [N];
+optional `id` [N], a key that must not come twice on a side of a trial (a sampler's padded duplicates are found by it).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
-from reid_dist.evaluation.protocols import Items, Protocol
+from reid_dist.evaluation.protocols import Items, Protocol, tracklets
 from reid_dist.evaluation.similarity import EvaluationError
 
-ALLOWED = {"split": ("query", "gallery"), "modality": ("rgb", "ir")}
+ALLOWED = {"split": ("query", "gallery", "test", "train", "val", "unused"), "modality": ("rgb", "ir")}
 WHOLE = ("pid", "camid", "tracklet", "trial")
 TEXT = ("split", "modality", "path", "id")
 
@@ -28,22 +29,37 @@ def read_features(path: str | Path, protocol: Protocol) -> tuple[Items, np.ndarr
     Raises EvaluationError, naming file and column: unreadable file, missing or ragged column, wrong type or value, a
     key twice.
     """
+    known = read_columns(path, ["feat", "pid", "split", *_needs(protocol)], f"protocol {protocol.name}")
+    feat = known.pop("feat")
+    known.pop("id", None)
+    return Items(**known), feat
+
+
+def read_columns(path: str | Path, needed: Sequence[str], reader: str) -> dict[str, np.ndarray]:
+    """The columns of a feature file that have a meaning here, checked; `feat` float32 [N, D], the others [N].
+
+    `needed` must be there; `reader` says for whom. Raises EvaluationError as `read_features`.
+    """
     path = Path(path)
     columns = _parquet(path) if path.suffix.lower() in (".parquet", ".pq") else _npz(path)
-    needed = ["feat", "pid", "split", *_needs(protocol)]
     missing = [name for name in needed if name not in columns]
     if missing:
         raise EvaluationError(
-            f"{path}: protocol {protocol.name} needs the columns {needed}; "
-            f"missing {missing}, there are {sorted(columns)}"
+            f"{path}: {reader} needs the columns {list(needed)}; missing {missing}, there are {sorted(columns)}"
         )
     feat = columns["feat"]
     if feat.ndim != 2 or 0 in feat.shape or feat.dtype.kind != "f":
         raise EvaluationError(f"{path}: column feat has shape {feat.shape} and type {feat.dtype}, expected real [N, D]")
     known = {name: _checked(path, name, columns[name], len(feat)) for name in (*WHOLE, *TEXT) if name in columns}
-    _unique(path, known)
-    known.pop("id", None)
-    return Items(**known), feat.astype(np.float32, copy=False)
+    if "split" in known:
+        _unique(path, known)
+    return {"feat": feat.astype(np.float32, copy=False), **known}
+
+
+def pool_tracklets(items: Items, feat: np.ndarray) -> tuple[Items, np.ndarray]:
+    """Frames as tracklets: one row per tracklet of a side and trial, its feature [D] the mean over its frames."""
+    pooled, frames = tracklets(items)
+    return pooled, np.stack([feat[rows].mean(axis=0, dtype=np.float64) for rows in frames]).astype(np.float32)
 
 
 def _needs(protocol: Protocol) -> list[str]:

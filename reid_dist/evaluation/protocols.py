@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from reid_dist.evaluation.ranking import JUNK, Labels, Scoring, average_records, rank_features
-from reid_dist.evaluation.similarity import Array, EvaluationError, Metric
+from reid_dist.evaluation.pipeline import Options, rank_pair
+from reid_dist.evaluation.ranking import JUNK, Labels, Scoring, average_records
+from reid_dist.evaluation.similarity import Array, EvaluationError
 
 PLAIN = Scoring()
 COLUMNS = ("split", "pid", "camid", "modality", "tracklet", "path", "trial", "captions")
@@ -217,25 +218,20 @@ def evaluate(
     items: Items,
     features: Mapping[str, Array],
     *,
-    metric: Metric = "cosine",
+    options: Options | None = None,
     weights: Mapping[str, float] | None = None,
-    memory_mb: float = 64.0,
+    permutations: Mapping[tuple[int, int], np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """The protocol's record, averaged over its trials, from named embeddings [N, D] with one row per item."""
+    """The protocol's record, averaged over its trials, from named embeddings [N, D] with one row per item.
+
+    Raises EvaluationError as `select` and `rank_pair`.
+    """
     records = []
     for trial in range(num_trials(protocol, items)):
-        chosen = select(protocol, items, trial)
+        chosen = select(protocol, items, trial, permutations)
         query, gallery = ({name: x[rows] for name, x in features.items()} for rows in (chosen.query, chosen.gallery))
-        sums = rank_features(
-            query,
-            gallery,
-            items.labels(chosen.query),
-            items.labels(chosen.gallery),
-            protocol.scoring,
-            metric=metric,
-            weights=weights,
-            memory_mb=memory_mb,
-        )
+        labels = items.labels(chosen.query), items.labels(chosen.gallery)
+        sums = rank_pair(query, gallery, *labels, protocol.scoring, options or Options(), weights=weights)
         records.append(sums.record())
     return {"protocol": protocol.name, **(records[0] if len(records) == 1 else average_records(records))}
 
@@ -257,13 +253,13 @@ def check_trial(protocol: Protocol, trial: int, model_trial: int | None) -> None
 
 
 def tracklets(items: Items) -> tuple[Items, list[np.ndarray]]:
-    """Items with one row per tracklet (in order of first appearance), and each tracklet's frame rows."""
+    """Items with one row per tracklet of a side and trial (in order of first appearance), and each one's frame rows."""
     number = items.column("tracklet", "video")
-    cameras = np.full(len(number), -1) if items.camid is None else items.camid
-    groups: dict[tuple[str, int, int, int], list[int]] = {}
-    for i, key in enumerate(
-        zip(items.split.tolist(), items.pid.tolist(), cameras.tolist(), number.tolist(), strict=True)
-    ):
+    none = np.full(len(number), -1)
+    names = ("split", "trial", "pid", "camid")
+    keys = [none if (x := getattr(items, name)) is None else np.asarray(x) for name in names]
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, key in enumerate(zip(*(x.tolist() for x in (*keys, number)), strict=True)):
         groups.setdefault(key, []).append(i)
     first = np.array([rows[0] for rows in groups.values()])
     columns: dict[str, Any] = {

@@ -40,7 +40,7 @@ class Curves:
 class RankedItem:
     """One gallery item of a rank list."""
 
-    correct: bool
+    correct: bool | None  # None: nobody knows who it is (a search)
     image: bytes | None = None  # an encoded image of any common format
     text: str = ""  # caption, when the gallery holds text
     label: str = ""  # e.g. the id

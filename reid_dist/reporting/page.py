@@ -56,16 +56,31 @@ def render_report(run: ReportInput) -> str:
     """The page as HTML text (write it as UTF-8). Raises ValueError: a picture that cannot be read, no metrics."""
     if not run.metrics:
         raise ValueError("a report needs at least one record of metrics")
+    return _render(run)
+
+
+def render_search(
+    summary: str, rank_lists: Sequence[RankList], provenance: Mapping[str, str], command: str, note: str
+) -> str:
+    """The page of a gallery search: queries and what was found. Raises ValueError for a picture that cannot be read."""
+    return _render(
+        ReportInput(
+            title="Gallery search", summary=summary, metrics={}, synthetic=False, command=command, recipe="",
+            provenance=provenance, rank_lists=rank_lists, rank_lists_note=note,
+        )
+    )  # fmt: skip
+
+
+def _render(run: ReportInput) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    first = next(iter(run.metrics.values()))
     return template.render(
         run=run,
         synthetic=SYNTHETIC if run.synthetic else "",
         metrics=metrics_table(run.metrics),
-        counts=counts_line(first),
+        counts=counts_line(next(iter(run.metrics.values()), {})),
         charts=[line_chart(curves) for curves in run.curves],
         provenance=table(["", "Value"], list(run.provenance.items())),
         data_uri=data_uri,

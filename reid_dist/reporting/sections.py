@@ -30,7 +30,11 @@ def _images(strips: list[Mapping[str, Any]]) -> Markup:
             )
             for picture in strip["pictures"]
         )
-        rows.append(Markup("<div class=strip><p>{}</p><div class=pictures>{}</div></div>").format(strip.get("label", ""), pictures))
+        rows.append(
+            Markup("<div class=strip><p>{}</p><div class=pictures>{}</div></div>").format(
+                strip.get("label", ""), pictures
+            )
+        )
     return Markup("").join(rows)
 
 
