@@ -51,7 +51,7 @@ def connect(num_cpus: float | None = None) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
-    folder = Path(tempfile.mkdtemp(prefix="reid-ray-", dir="/tmp"))  # noqa: S108 - short: socket paths are limited to 107 bytes
+    folder = Path(tempfile.mkdtemp(prefix="reid-ray-", dir="/tmp"))
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
@@ -85,7 +85,7 @@ def connect(num_cpus: float | None = None) -> Iterator[None]:
 
 def _reread_environment() -> None:
     """Ray's C++ side read the authentication mode when it was imported and keeps the token it read last."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

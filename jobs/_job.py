@@ -106,4 +106,6 @@ def refuse_unknown_flags(flags: set[str], known: set[str], usage: str) -> None:
     """Raises UserError for a --flag that the job does not have."""
     unknown = sorted(flags - known)
     if unknown:
-        raise UserError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known)) or 'none'}. {usage.strip().splitlines()[0]}")
+        raise UserError(
+            f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known)) or 'none'}. {usage.strip().splitlines()[0]}"
+        )

@@ -53,7 +53,18 @@ def demo(folder: str, name: str, overrides: list[str]) -> dict[str, Any]:
     _, seconds["evaluate_untrained"] = _timed(lambda: evaluate(run, "start"))
     record, seconds["evaluate"] = _timed(lambda: evaluate(run, "best"))
     page, seconds["report"] = _timed(lambda: report(run))
-    keys = ("rank1", "rank5", "rank10", "mAP", "mINP", "chance_mAP", "chance_rank1", "num_queries", "tie_rate", "checkpoint")
+    keys = (
+        "rank1",
+        "rank5",
+        "rank10",
+        "mAP",
+        "mINP",
+        "chance_mAP",
+        "chance_rank1",
+        "num_queries",
+        "tie_rate",
+        "checkpoint",
+    )
     return {
         **{key: record[key] for key in keys},
         "num_workers": trained["num_workers"],

@@ -57,7 +57,9 @@ def extract(run: str, source: str, options: dict[str, str], overrides: list[str]
     rows = np.repeat(np.arange(len(view)), counts)
     part = np.concatenate([np.arange(count) for count in counts]) if counts else np.zeros(0)
     if not len(rows):
-        raise UserError(f"{source}: nothing of kind {kind} there" + (f" in split {options['split']}" if "split" in options else ""))
+        raise UserError(
+            f"{source}: nothing of kind {kind} there" + (f" in split {options['split']}" if "split" in options else "")
+        )
     features = encode_side(loaded, view, EvalSide(kind, rows.astype(np.int64), part.astype(np.int64)))
     weights = loaded.spec.similarity
     unit = [math.sqrt(weights[name]) * _unit(features[name].numpy()) for name in sorted(weights)]

@@ -9,7 +9,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.pool import Pool  # noqa: E402
+from tests.pool import Pool
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,9 @@ class Pool:
         for rank, (_, pipe) in enumerate(members):
             if not pipe.poll(timeout):
                 self._end(world)
-                raise AssertionError(f"rank {rank} of {world} did not answer in {timeout} s in {function.__name__}{args}")
+                raise AssertionError(
+                    f"rank {rank} of {world} did not answer in {timeout} s in {function.__name__}{args}"
+                )
             results.append(pipe.recv())
         failed = [(rank, text) for rank, (good, text) in enumerate(results) if not good]
         if failed:

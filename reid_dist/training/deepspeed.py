@@ -2,7 +2,7 @@
 
 Pinned to DeepSpeed 0.19.8, whose behaviour was measured. Why each choice:
 
-- torch's Adam (its fused one compiles an extension at start); ZeRO wants `zero_allow_untested_optimizer` for any client optimizer.
+- torch's Adam (its fused one compiles an extension at start); ZeRO wants `zero_allow_untested_optimizer` for it.
 - bf16 needs ZeRO 1 or more: at stage 0 DeepSpeed's bf16 optimizer takes a real step while it initialises (3e-2 off).
 - One backward per step (training/step.py): DeepSpeed never accumulates, so losses are never divided behind our back.
 - State is saved per parameter *name* in fp32, with each group's step: it loads into any worker count and stage. DeepSpeed's own
@@ -41,7 +41,9 @@ def build_engine(
     Raises UserError for bf16 at stage 0.
     """
     if training.precision == "bf16" and training.zero_stage == 0:
-        raise UserError("training.precision=bf16 needs training.zero_stage of 1, 2 or 3 (DeepSpeed's bf16 at stage 0 is wrong)")
+        raise UserError(
+            "training.precision=bf16 needs training.zero_stage of 1, 2 or 3 (DeepSpeed's bf16 at stage 0 is wrong)"
+        )
     _quiet()
     import deepspeed
 
@@ -128,7 +130,9 @@ def adapter(engine: Any, model: nn.Module) -> StateAdapter:
         return _Zero12(engine, model)
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         return _Zero3(engine, model)
-    raise RuntimeError(f"DeepSpeed optimizer {kind} is not one whose state can be saved here; use zero_stage 0-3 in fp32 or bf16")
+    raise RuntimeError(
+        f"DeepSpeed optimizer {kind} is not one whose state can be saved here; use zero_stage 0-3 in fp32 or bf16"
+    )
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-
 from reid_dist.config import Recipe, build_recipe, to_mapping
 from reid_dist.errors import RunError, UserError
 from reid_dist.methods import get
@@ -64,7 +63,9 @@ def fit(recipe: Recipe, run: Run) -> dict[str, Any]:
         where = run.latest_step()
         run.note_restart(reason=_short(text), step=where)
         if failures and failures[-1] == (_signature(text), where):
-            raise RunError(f"the same error came twice after step {where}, so another try would not help: {_short(text)}")
+            raise RunError(
+                f"the same error came twice after step {where}, so another try would not help: {_short(text)}"
+            )
         failures.append((_signature(text), where))
         if len(failures) > recipe.training.max_failures:
             raise RunError(
@@ -259,5 +260,3 @@ def _stop_watch(run: Run, rank: int) -> Iterator[threading.Event]:
         closing.set()
         if thread.is_alive():
             thread.join(timeout=5)
-
-

@@ -77,8 +77,14 @@ def _choose(run: Run, which: str) -> str:
         return str(kept[-1]["name"])
     if which == "best":
         scored = [c for c in kept if "rank1" in c["metrics"]]
-        return str(max(scored, key=lambda c: (c["metrics"]["rank1"], c["step"]))["name"] if scored else kept[-1]["name"])
-    wanted = [c for c in kept if str(c["name"]).rpartition("/")[2].replace("step-", "").lstrip("0") == which.replace("step-", "").lstrip("0")]
+        return str(
+            max(scored, key=lambda c: (c["metrics"]["rank1"], c["step"]))["name"] if scored else kept[-1]["name"]
+        )
+    wanted = [
+        c
+        for c in kept
+        if str(c["name"]).rpartition("/")[2].replace("step-", "").lstrip("0") == which.replace("step-", "").lstrip("0")
+    ]
     if not wanted:
         steps = ", ".join(str(c["step"]) for c in kept)
         raise UserError(f"checkpoint={which}: {run.uri} keeps steps {steps}; or say best, last, start")

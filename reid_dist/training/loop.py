@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -49,7 +49,7 @@ class Hooks:
     marks: dict[str, float] = field(default_factory=dict)  # seconds since the epoch of named moments
 
 
-class Stopped(Exception):  # noqa: N818 - an outcome, not an error
+class Stopped(Exception):
     """The run ended early on request, after a checkpoint."""
 
 
@@ -228,7 +228,7 @@ class Worker:
         progress = replace(progress, metrics=dict(self.metrics))
         if last or (training.checkpoint_every and progress.epoch % training.checkpoint_every == 0):
             self._checkpoint(stage, state, progress)
-        latest = {key: value for key, value in self.losses[-1].items()} if self.losses else {}
+        latest = dict(self.losses[-1]) if self.losses else {}
         self.hooks.report({**latest, **self.metrics, "stage": progress.stage, "epoch": progress.epoch})
         return progress
 

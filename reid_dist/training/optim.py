@@ -22,7 +22,9 @@ def freeze_others(model: nn.Module, groups: Sequence[ParamGroup]) -> None:
     doubled = sorted({name for name in named if named.count(name) > 1}) if len(set(named)) != len(named) else []
     unknown = sorted(set(named) - set(parameters))
     if doubled or unknown:
-        raise ValueError(f"parameter groups name {doubled or unknown} {'twice' if doubled else 'which the model lacks'}")
+        raise ValueError(
+            f"parameter groups name {doubled or unknown} {'twice' if doubled else 'which the model lacks'}"
+        )
     trainable = set(named)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trainable)

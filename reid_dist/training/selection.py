@@ -30,10 +30,14 @@ def evaluator(recipe: Recipe, prepared: Prepared) -> Evaluator | None:
     if training.select_on == "none" or training.eval_every == 0:
         return None
     if training.select_on == "test":
-        logger.warning("training.select_on=test: checkpoints are chosen on the test split, so its scores are optimistic")
+        logger.warning(
+            "training.select_on=test: checkpoints are chosen on the test split, so its scores are optimistic"
+        )
         view = open_view(recipe.data, recipe.data.test or recipe.data.train, ("test", "query", "gallery"))
     elif prepared.data.val is None:
-        logger.info("no val split and data.val_fraction=0: nothing is evaluated during training, the last checkpoint counts")
+        logger.info(
+            "no val split and data.val_fraction=0: nothing is evaluated during training, the last checkpoint counts"
+        )
         return None
     else:
         view = prepared.data.val
@@ -52,13 +56,8 @@ def evaluator(recipe: Recipe, prepared: Prepared) -> Evaluator | None:
                 batch=recipe.evaluation.batch,
             ),
         )
-        record = (
-            score(retrieval, features, spec.similarity, options, refuse_constant=False)[0]
-            if ctx.rank == 0
-            else {}
-        )
+        record = score(retrieval, features, spec.similarity, options, refuse_constant=False)[0] if ctx.rank == 0 else {}
         numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
         return dict(ctx.broadcast(numbers))
 
     return evaluate
-

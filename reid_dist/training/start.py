@@ -79,7 +79,9 @@ def read_published(path: str) -> Mapping[str, Tensor]:
     try:
         content: Any = torch.load(local, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"checkpoint {path} holds more than tensors and is not loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"checkpoint {path} holds more than tensors and is not loaded: {str(error).splitlines()[0]}"
+        ) from None
     for key in ("state_dict", "model", "net"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -47,7 +47,9 @@ class StepModule(nn.Module):
             return self._stage.forward(self.model, batch, self._ctx)
         count = int(batch["row"].shape[0])
         parts = [
-            checkpoint(self._piece, batch, rank_slice(count, i, self._pieces), use_reentrant=False, preserve_rng_state=False)
+            checkpoint(
+                self._piece, batch, rank_slice(count, i, self._pieces), use_reentrant=False, preserve_rng_state=False
+            )
             for i in range(self._pieces)
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -96,4 +96,3 @@ def make_worker(recipe: Recipe, prepared: Prepared, run: Run | None, hooks: Hook
     else:
         device = torch.device("cpu")
     return Worker(recipe, prepared.spec, prepared.build, prepared.data, run, hooks, device)
-

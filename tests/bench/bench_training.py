@@ -35,7 +35,12 @@ STEPS, WARM = 90, 30
 def recipe_in(folder: Path) -> Recipe:
     """The demo's recipe on a smaller world: 60 steps of 64 rows, one worker."""
     small_table(folder, "synthetic-cuhk-pedes", num_train=160, images_per_id=3)
-    overrides = [f"data.root={folder}", f"output={folder}/runs", "training.num_workers=1", f"training.max_steps={STEPS}"]
+    overrides = [
+        f"data.root={folder}",
+        f"output={folder}/runs",
+        "training.num_workers=1",
+        f"training.max_steps={STEPS}",
+    ]
     more = ["training.eval_every=0", "training.checkpoint_every=0", "training.log_every=10", "training.epochs=20"]
     return methods.load_recipe("comoe/synthetic", [*overrides, *more])
 
@@ -127,7 +132,9 @@ def main() -> None:
         baseline = max(plain(recipe) for _ in range(2))
         runs = [framework(recipe, folder, f"run-{i}") for i in range(2)]
         ours, record = max(runs, key=lambda pair: pair[0])
-        print(f"training, one worker: plain loop {baseline:.1f} rows/s, framework {ours:.1f} rows/s, ratio {ours / baseline:.3f}")
+        print(
+            f"training, one worker: plain loop {baseline:.1f} rows/s, framework {ours:.1f} rows/s, ratio {ours / baseline:.3f}"
+        )
         print("command to first step, seconds:", json.dumps(record["startup_s"]))
         print(f"take of 64 rows from a local table: {take(recipe):.2f} ms")
         for size in ((64, 32), (384, 128)):

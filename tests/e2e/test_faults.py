@@ -86,7 +86,9 @@ def test_run_on_s3_is_stopped_continued_done_and_guarded(tables: Path, s3: S3Ser
     assert "the same command continues" in record["error"]
     stopped = Run.read(f"{output}/bucket").latest_step()
     assert 5 < stopped < 2000
-    code, record, err = Job(*command(tables, "bucket", output, "training.epochs=400", "training.max_steps=2001")).finish()
+    code, record, err = Job(
+        *command(tables, "bucket", output, "training.epochs=400", "training.max_steps=2001")
+    ).finish()
     assert code == 2, err[-2000:]
     assert "training.max_steps: 2000 there, 2001 now" in record["error"]
 
@@ -103,7 +105,9 @@ def test_killed_worker_is_survived_and_the_result_is_the_same(tables: Path, tmp_
     quiet = Job(*command(tables, "quiet", str(tmp_path)))
     assert quiet.finish()[0] == 0
     struck = Job(*command(tables, "struck", str(tmp_path), "training.checkpoint_every_steps=2"))
-    struck.wait_for(lambda: (tmp_path / "struck" / "checkpoints").is_dir() and Run.read(str(tmp_path / "struck")).latest_step() >= 4)
+    struck.wait_for(
+        lambda: (tmp_path / "struck" / "checkpoints").is_dir() and Run.read(str(tmp_path / "struck")).latest_step() >= 4
+    )
     struck.workers()[1].send_signal(signal.SIGKILL)
     code, record, err = struck.finish()
     assert code == 0, err[-3000:]

@@ -39,7 +39,8 @@ def succeeded(result: subprocess.CompletedProcess[str], job: str) -> dict[str, o
 def test_pack_train_evaluate_extract_report_runs(cluster: Head, place: Path) -> None:
     run = f"{place}/runs/submitted"
     packed = succeeded(
-        cluster.submit("jobs.pack", "cuhk-pedes", f"{place}/raw-synthetic-cuhk-pedes", f"root={place}", "name=packed"), "pack"
+        cluster.submit("jobs.pack", "cuhk-pedes", f"{place}/raw-synthetic-cuhk-pedes", f"root={place}", "name=packed"),
+        "pack",
     )
     assert packed["rows"] == 44  # 12 + 4 + 6 identities of two images
     overrides = [f"data.root={place}", f"output={place}/runs", "name=submitted", "training.max_steps=6"]
@@ -49,7 +50,9 @@ def test_pack_train_evaluate_extract_report_runs(cluster: Head, place: Path) -> 
     scored = succeeded(cluster.submit("jobs.evaluate", run), "evaluate")
     assert scored["num_queries"] == 24
     succeeded(cluster.submit("jobs.evaluate", run, "checkpoint=start"), "evaluate")
-    features = succeeded(cluster.submit("jobs.extract", run, "packed", f"out={place}/features.npz", "split=test"), "extract")
+    features = succeeded(
+        cluster.submit("jobs.extract", run, "packed", f"out={place}/features.npz", "split=test"), "extract"
+    )
     assert features["rows"] == 12
     page = succeeded(cluster.submit("jobs.report", run), "report")
     text = Path(str(page["report"])).read_text()
@@ -62,7 +65,19 @@ def test_pack_train_evaluate_extract_report_runs(cluster: Head, place: Path) -> 
 def test_demo(cluster: Head, place: Path) -> None:
     words = [f"folder={place}/demo", "training.max_steps=12", "training.epochs=1"]
     record = succeeded(cluster.submit("jobs.demo", *words, timeout=500), "demo")
-    wanted = {"rank1", "rank5", "rank10", "mAP", "mINP", "chance_mAP", "num_workers", "zero_stage", "steps", "seconds", "report"}
+    wanted = {
+        "rank1",
+        "rank5",
+        "rank10",
+        "mAP",
+        "mINP",
+        "chance_mAP",
+        "num_workers",
+        "zero_stage",
+        "steps",
+        "seconds",
+        "report",
+    }
     assert wanted <= record.keys()
     assert (record["steps"], record["num_workers"], record["zero_stage"]) == (12, 2, 1)
 

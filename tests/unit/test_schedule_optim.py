@@ -44,7 +44,9 @@ class OneParameter(nn.Module):
 def test_adam_steps(case: Path) -> None:
     golden = load(case)
     model = OneParameter(golden["in_param"])
-    optim = OptimConfig(lr=golden["const_lr"], betas=(golden["const_beta1"], golden["const_beta2"]), eps=golden["const_eps"])
+    optim = OptimConfig(
+        lr=golden["const_lr"], betas=(golden["const_beta1"], golden["const_beta2"]), eps=golden["const_eps"]
+    )
     group = ParamGroup(("value",), golden["const_lr"], golden["const_weight_decay"])
     optimizer = build_optimizer(model, [group], optim)
     for gradient, expected in zip(golden["in_grad"], golden["out_param"], strict=True):

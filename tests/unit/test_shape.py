@@ -109,9 +109,8 @@ def test_no_method_is_named_outside_its_folder() -> None:
         parts = path.relative_to(ROOT).parts
         if parts[0] != "reid_dist" or parts[1] == "methods":
             continue
-        for node in ast.walk(tree(path)):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names:
-                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} says {node.value!r}")
+        said = (n for n in ast.walk(tree(path)) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+        wrong += [f"{path.relative_to(ROOT)}:{node.lineno} says {node.value!r}" for node in said if node.value in names]
     assert not wrong, wrong
 
 
@@ -144,7 +143,9 @@ def test_public_functions_are_typed_and_no_print_is_left() -> None:
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("module", ["reid_dist", "reid_dist.config", "reid_dist.methods", "reid_dist.evaluation.protocols"])
+@pytest.mark.parametrize(
+    "module", ["reid_dist", "reid_dist.config", "reid_dist.methods", "reid_dist.evaluation.protocols"]
+)
 def test_light_modules_import_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(sorted({LAZY!r} & set(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
