@@ -66,7 +66,7 @@ class ReorderMambaHead(nn.Module):
 
 
 def fragments(tokens: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-        raise ValueError(f"clips of {frames} frames cannot be cut into fragments of {stride}: it must divide")
+    """Clips [n, T, 1 + P, m] -> T / stride fragments: references [n T/stride, m], tokens [n T/stride, stride P, m].
 
     Tokens stand frame by frame. Raises ValueError when the stride does not divide T.
     """
