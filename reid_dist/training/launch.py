@@ -69,7 +69,8 @@ def fit(recipe: Recipe, run: Run) -> dict[str, Any]:
         failures.append((_signature(text), where))
         if len(failures) > recipe.training.max_failures:
             raise RunError(
-                f"training failed {len(failures)} times (training.max_failures={recipe.training.max_failures}); last: {_short(text)}"
+                f"training failed {len(failures)} times (training.max_failures={recipe.training.max_failures}); "
+                f"last: {_short(text)}"
             )
         logger.warning("failure %d, continuing from step %d: %s", len(failures), where, _short(text))
 
