@@ -90,7 +90,7 @@ class Climb(nn.Module):
             camera = camera.repeat_interleave(image.shape[1])
         seen = self.tokens(image.flatten(0, 1) if clip else image, camera)
         tokens = seen.tokens.reshape(*rows, *seen.tokens.shape[1:])
-        classes, projected = tokens[..., 0, :], seen.projected[:, 0].reshape(*rows, -1)
+        classes, projected = tokens[..., 0, :], seen.projected[:, 0].reshape(*rows, seen.projected.shape[-1])
         out = {"token": classes.mean(1) if clip else classes, "projected": projected.mean(1) if clip else projected}
         if with_head:
             fixed = tokens.detach()

@@ -129,8 +129,13 @@ def load_frames(
     encoded = view.encoded(unique)
     images = list(_decoders().map(decode, encoded, [view.path(int(row)) for row in unique]))
     chosen = list(draws) if draws is not None else [ImageDraws()] * len(flat)
-    ready = _decoders().map(lambda place: transform.apply(images[inverse[place]], chosen[place]), range(len(flat)))
-    return torch.stack(list(ready)).reshape(*rows.shape, 3, *transform.size)
+    out = torch.empty(len(flat), 3, *transform.size)
+
+    def write(place: int) -> None:
+        out[place] = transform.apply(images[inverse[place]], chosen[place])
+
+    list(_decoders().map(write, range(len(flat))))
+    return out.reshape(*rows.shape, 3, *transform.size)
 
 
 def clip_draws(transform: ImageTransform, rng: np.random.Generator, frames: int) -> list[ImageDraws]:
