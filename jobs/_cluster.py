@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,9 +44,12 @@ def connect(num_cpus: float | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    # ray.init replaces the process's SIGTERM handler by one that exits at once, without a checkpoint or a record.
+    ours = signal.getsignal(signal.SIGTERM)
     address = os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, logging_level=logging.WARNING)
+        signal.signal(signal.SIGTERM, ours)
         try:
             yield
         finally:
@@ -71,6 +75,7 @@ def connect(num_cpus: float | None = None) -> Iterator[None]:
             # every second; our own loggers set their levels themselves.
             logging_config=ray.LoggingConfig(log_level="ERROR"),
         )
+        signal.signal(signal.SIGTERM, ours)
         logger.info("private Ray cluster started (%s)", folder)
         yield
     finally:

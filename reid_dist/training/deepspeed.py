@@ -44,10 +44,9 @@ def build_engine(
         raise UserError(
             "training.precision=bf16 needs training.zero_stage of 1, 2 or 3 (DeepSpeed's bf16 at stage 0 is wrong)"
         )
-    _quiet()
+    ensure_process_group()
     import deepspeed
 
-    ensure_process_group()
     freeze_others(model, groups)
     optimizer = build_optimizer(model, groups, optim)
     engine, *_ = deepspeed.initialize(
@@ -71,6 +70,7 @@ def _reduce_in_float64(engine: Any) -> None:
 
 def ensure_process_group() -> None:
     """A process of one's own outside any launcher: DeepSpeed wants a group even for one rank."""
+    _quiet()
     import deepspeed
 
     if not dist.is_initialized():
@@ -84,6 +84,7 @@ def ensure_process_group() -> None:
 
 
 def _quiet() -> None:
+    """Before DeepSpeed is imported: it guesses its accelerator then, aloud."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
     for name in ("DeepSpeed", "deepspeed"):
