@@ -1,4 +1,4 @@
-"""Small synthetic tables by name: `synthetic-<layout>` is the world that is written in that layout, parsed and packed."""
+"""Small synthetic tables by name: `synthetic-<layout>` is the world written in that layout, parsed and packed."""
 
 from __future__ import annotations
 

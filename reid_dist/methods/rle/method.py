@@ -164,11 +164,24 @@ def eval_batch(config: Config, view: TableView, side: EvalSide, index: np.ndarra
 
 
 def encode(model: nn.Module, batch: Batch) -> Outputs:
-    """{"fused": [n, 8 C]}, whose inner product is (1 - a) pool + a bn (a = 0.5 ranks as the released sum score)."""
+    """{"fused": [n, 8 C], with mirroring [n, 8 C + 2]}.
+
+    Between a visible and an infrared row, inner product and cosine both rank by the released score
+    (1 - a) pool + a bn (a = 0.5: as its sum score).
+
+    Without mirroring the fused vectors have norm 1. With it they are sums, whose lengths take part in the released
+    inner product; the evaluator ranks by cosine, so each is filled up to the largest possible length in a column that
+    the other modality leaves at 0.
+    """
     assert isinstance(model, TwoStream)
     vectors = test_vectors(model, batch["image"], batch["infrared"], batch["flip"])
     a = batch["fusion"]
-    return {"fused": torch.cat([math.sqrt(1 - a) * vectors["pool"], math.sqrt(a) * vectors["bn"]], dim=1)}
+    fused = torch.cat([math.sqrt(1 - a) * vectors["pool"], math.sqrt(a) * vectors["bn"]], dim=1)
+    if not batch["flip"]:
+        return {"fused": fused}
+    filling = (4.0 - fused.square().sum(dim=1)).clamp(min=0).sqrt()  # a sum of two unit vectors is at most 2 long
+    infrared = batch["infrared"].to(fused.dtype)
+    return {"fused": torch.cat([fused, torch.stack([filling * (1 - infrared), filling * infrared], dim=1)], dim=1)}
 
 
 def facts(data: TrainingData) -> ModelFacts:

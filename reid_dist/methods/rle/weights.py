@@ -55,7 +55,7 @@ def import_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str
     dropped = {name: tensor for name, tensor in state.items() if our_name(name) not in own}
     parts = Counter[str]()
     for name, tensor in dropped.items():
-        parts[".".join(name.split(".")[:3])] += tensor.numel()
+        parts[".".join(name.split(".")[:2])] += tensor.numel()
     largest = ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in parts.most_common(6))
     total = sum(tensor.numel() for tensor in state.values())
     logger.info("dropped %.1f of %.1f M released values: %s", sum(parts.values()) / 1e6, total / 1e6, largest or "none")
