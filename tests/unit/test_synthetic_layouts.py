@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reid_dist.data import layouts
+from reid_dist.config import DataConfig
+from reid_dist.data import layouts, pack, tables
 from reid_dist.data.layouts import msmt17
 from reid_dist.data.layouts.cuhk_pedes import SET
 from reid_dist.data.members import load_image
 from reid_dist.data.records import Record, first_split
+from reid_dist.data.store import open_view
 from reid_dist.data.synthetic import plan_synthetic, world_for, write_synthetic
 from reid_dist.data.synthetic.parts import part_mask
 from reid_dist.data.synthetic.words import read_phrases
 from reid_dist.data.synthetic.write import FORMS
+from reid_dist.errors import UserError
 from reid_dist.storage import open_store
 from tests.fixtures_trees import TRAP, ShuffledStore
 
@@ -132,3 +135,34 @@ def test_paraphrases_are_written_and_read(tmp_path) -> None:
             assert all(one == group[0] for group in said for one in group), "paraphrases state the same"
             assert {k: v for group in said for k, v in group[0].items()} == read_phrases(caption)
     assert all(("diversity_captions" in e) == (e["split"] == "train") for e in entries)
+
+
+# ---- writer -> parser -> table -> view
+
+
+@pytest.mark.parametrize("layout", ["cuhk03-classic", "cuhk-sysu", "regdb", "i-lids", "mars"])
+def test_tables_hold_trials_and_images_inside_files(layout: str, tmp_path) -> None:
+    """One row per image whatever the number of trials; a view shows one trial's splits, or every row in each trial."""
+    write_synthetic(tmp_path / "set", layout, **small(layout))
+    todo = pack.plan(layout, str(tmp_path / "set"), str(tmp_path))
+    done = pack._write_chunk(0, todo.parsed.records, todo.source, todo.uri, todo.tag, "stop")
+    tables.commit(todo.uri, todo.tag, [{"chunk": 0, **done}], pack._facts(todo, [{"chunk": 0, **done}]))
+    view, records = open_view(DataConfig(root=str(tmp_path)), (layout,)), todo.parsed.records
+    assert len(view) == len(records)
+    assert [view.path(row) for row in range(len(view))] == [r.path for r in records]
+    assert view.trials.tolist() == [r.trials for r in records]
+    count = len(records[0].trials) or 1
+    assert view.num_trials == count
+    store = open_store(str(tmp_path / "set"))
+    assert view.encoded([0, len(view) - 1]) == [load_image(store, records[row].path) for row in (0, -1)]
+    for number in range(count):
+        splits = [(r.trials[number] or "unused") if r.trials else r.split for r in records]
+        assert view.trial(number).split.tolist() == splits
+        half = view.trial(number).select(np.arange(0, len(view), 2))
+        assert half.split.tolist() == splits[::2]
+    rows, trials, splits = view.trial_rows()
+    assert sorted(zip(rows.tolist(), trials.tolist(), splits.tolist(), strict=True)) == [
+        (row, k, split) for row, r in enumerate(records) for k, split in enumerate(r.trials or (r.split,)) if split
+    ]
+    with pytest.raises(UserError, match=f"no trial {count}"):
+        view.trial(count)
