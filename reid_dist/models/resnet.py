@@ -41,7 +41,7 @@ class ResNetShape:
 
 SHAPES: Mapping[str, ResNetShape] = {
     "resnet50": ResNetShape(),
-    "resnet-tiny": ResNetShape(stem=16, width=16, depths=(1, 1, 1, 1), strides=(1, 2, 1, 1)),  # for CPUs and tests
+    "resnet-tiny": ResNetShape(stem=16, width=8, depths=(1, 1, 1, 1), strides=(1, 2, 1, 1)),  # for CPUs and tests
 }
 
 

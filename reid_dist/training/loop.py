@@ -161,7 +161,7 @@ class Worker:
             checkpoints.load_weights(model, snapshot.model)
         for block in model.modules():
             if hasattr(block, "reducer"):  # synchronised batch norm (models/batchnorm.py)
-                block.reducer = self.ctx.reduce
+                block.reducer = self.ctx.reduce if self.ctx.world_size > 1 else None  # alone: torch's faster kernel
             if self.recipe.training.activation_checkpointing and hasattr(block, "activation_checkpointing"):
                 block.activation_checkpointing = True
         return model.to(self.device)
