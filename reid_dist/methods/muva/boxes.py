@@ -30,7 +30,7 @@ class PartPatches:
 
 
 def usable(box: Sequence[float], grid: tuple[int, int]) -> Box | None:
-    """The box clipped to the image; None if it is not four finite numbers, under one patch or nearly the whole image."""
+    """The box clipped to the image; None if not four finite numbers, under one patch, or nearly the whole image."""
     if len(box) != 4 or not all(math.isfinite(value) for value in box):
         return None
     left, top, right, bottom = (min(max(float(value), 0.0), 1.0) for value in box)
@@ -41,7 +41,7 @@ def usable(box: Sequence[float], grid: tuple[int, int]) -> Box | None:
 
 
 def rasterise(boxes: Sequence[Box], grid: tuple[int, int]) -> np.ndarray:
-    """bool [rows, columns]: patches whose centre lies in a box; where a box has none, the patch that holds its centre."""
+    """bool [rows, columns]: patches whose centre lies in a box; a box without any takes the patch at its centre."""
     rows, columns = grid
     y, x = (np.arange(rows) + 0.5)[:, None] / rows, (np.arange(columns) + 0.5)[None, :] / columns
     visible = np.zeros(grid, dtype=bool)
@@ -82,16 +82,3 @@ def boxes_to_patches(boxes: Mapping[str, Sequence[Sequence[float]]], grid: tuple
 
 def _middle(boxes: Sequence[Box]) -> float:
     return (min(box[1] for box in boxes) + max(box[3] for box in boxes)) / 2
-
-
-def shares_to_patches(shares: np.ndarray, grid: tuple[int, int], least: float = 0.25) -> np.ndarray:
-    """Exact part maps float [R, H, W] (share of each pixel) -> bool [R, L]: patches with at least `least` of their area.
-
-    Raises ValueError if the grid does not divide the image.
-    """
-    parts, height, width = shares.shape
-    rows, columns = grid
-    if height % rows or width % columns:
-        raise ValueError(f"a grid of {rows} x {columns} patches does not divide an image of {height} x {width}")
-    blocks = shares.reshape(parts, rows, height // rows, columns, width // columns)
-    return blocks.mean(axis=(2, 4)).reshape(parts, -1) >= least

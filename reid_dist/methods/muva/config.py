@@ -39,7 +39,7 @@ class Config:
     prompts: PromptStageConfig = field(default_factory=PromptStageConfig)
     # Parts and masks
     parts: tuple[PartName, ...] = PARTS  # a subset is allowed; empty: one global token, no masks (ablation)
-    masks: tuple[str, ...] = ()  # side tables with the training images' part masks (methods/muva/masks.py)
+    masks: tuple[str, ...] = ()  # side tables with the training images' part masks (masks.py), or [bands]
     part_tokens: Literal["learned", "class", "patches"] = "learned"  # "class": copies; "patches": means of bands
     gating: Literal["offline", "online"] = "offline"  # strict threshold without gradient, or a linear map with one
     threshold: float = 0.5

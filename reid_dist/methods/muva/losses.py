@@ -35,10 +35,10 @@ def mask_targets(visible: Tensor) -> Tensor:
 
 
 def mask_loss(logit: Tensor, probability: Tensor, visible: Tensor, kind: str = "bce+dice") -> tuple[Tensor, Tensor]:
-    """Pixel and Dice terms per row, [n] each, of logit and probability [n, layers, R, L] against visible bool [n, R, L].
+    """Pixel and Dice terms per row, [n] each, of logit and probability [n, layers, R, L], visible bool [n, R, L].
 
-    "bce+dice": BCE on logits; 1 - Dice per (layer, row, part). "mse": squared error of probabilities, Dice is 0. In float32
-    at least.
+    "bce+dice": BCE on logits; 1 - Dice per (layer, row, part). "mse": squared error of probabilities, Dice is 0.
+    Computed in float32 at least.
     """
     wide = torch.promote_types(logit.dtype, torch.float32)
     logit, probability = logit.to(wide), probability.to(wide)
@@ -53,9 +53,9 @@ def mask_loss(logit: Tensor, probability: Tensor, visible: Tensor, kind: str = "
 
 
 def class_centroids(feat: Tensor, label: Tensor, normalise: bool = True) -> Tensor:
-    """Mean of feat [M, F] per class of label int64 [M] -> [N, F], L2-normalised on request; rows labelled -1 are left out.
+    """Mean of feat [M, F] per class of label int64 [M] -> [N, F], L2-normalised on request; label -1 is left out.
 
-    Sums run in float64, so the order of rows does not show. Raises ValueError when a class below the largest has no row.
+    Sums run in float64, so the order of rows does not show. Raises ValueError for a class without rows.
     """
     kept = label >= 0
     feat, label = feat[kept], label[kept]
@@ -74,8 +74,8 @@ def class_centroids(feat: Tensor, label: Tensor, normalise: bool = True) -> Tens
 class PrototypeMemory:
     """One unit row per identity: compared with by softmax, moved by momentum after the step. No gradient, no rank.
 
-    The original moves it inside backward, also on steps that its loss scaler skips; here `update` is called once, after the
-    optimizer step, with the global batch, so every rank holds the same rows.
+    The original moves it inside backward, also on steps that its loss scaler skips; here `update` is called once, after
+    the optimizer step, with the global batch, so every rank holds the same rows.
     """
 
     def __init__(self, rows: Tensor, temperature: float, momentum: float, hard: bool) -> None:
@@ -91,7 +91,7 @@ class PrototypeMemory:
     def update(self, query: Tensor, label: Tensor) -> None:
         """Move the rows of the batch's classes, given the global batch [B, F], int64 [B], in its order.
 
-        hard: towards the instance that is least like the row (the first of equals). Otherwise: towards each instance in turn.
+        hard: towards the instance least like the row (the first of equals). Otherwise: towards each instance in turn.
         """
         query = unit(query.detach()).to(self.rows.dtype)
         if not self.hard:

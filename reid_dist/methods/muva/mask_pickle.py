@@ -108,7 +108,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_mask_pickle(content: bytes, where: str) -> dict[str, np.ndarray]:
-    """{file name: array} of an official mask file. Raises UserError when it holds anything else, before running any of it."""
+    """{file name: array} of an official mask file. Raises UserError when it holds anything else; nothing of it runs."""
     try:
         found = _ArrayUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a crafted file can raise anything out of the pickle machine
@@ -127,7 +127,7 @@ def read_mask_pickle(content: bytes, where: str) -> dict[str, np.ndarray]:
 
 
 def visible_from_additive(array: np.ndarray, grid: tuple[int, int], where: str) -> np.ndarray:
-    """Additive mask [3, L] or [3, rows, columns] -> bool [3, L]. Raises UserError for another shape or another convention."""
+    """Additive mask [3, L] or [3, rows, columns] -> bool [3, L]. Raises UserError for another shape or convention."""
     rows, columns = grid
     if array.shape not in ((len(PARTS), rows * columns), (len(PARTS), rows, columns)):
         raise UserError(f"{where}: mask of shape {array.shape}, expected ({len(PARTS)}, {rows * columns})")
@@ -135,8 +135,8 @@ def visible_from_additive(array: np.ndarray, grid: tuple[int, int], where: str) 
     visible = flat == 0
     if flat.dtype.kind != "f" or not bool((visible | (flat <= BLOCKED_FROM)).all()):
         raise UserError(
-            f"{where}: mask values {np.unique(flat)[:4].tolist()} of type {flat.dtype}; an additive mask holds 0 (visible) and "
-            "-inf or very negative numbers (blocked)"
+            f"{where}: mask values {np.unique(flat)[:4].tolist()} of type {flat.dtype}; an additive mask holds 0 (visible) "
+            "and -inf or very negative numbers (blocked)"
         )
     return visible
 

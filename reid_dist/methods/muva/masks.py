@@ -1,6 +1,6 @@
 """Part masks of training images: a side table keyed by image digest, read whole and joined to a view.
 
-    <root>/tables/<name>.side.lance   digest, visible (bits of [3, L] row-major, packed), boxes (JSON), fallback (part names)
+    <root>/tables/<name>.side.lance   digest, visible (bits of [3, L] row-major), boxes (JSON), fallback (parts)
 
 Stored is visibility (bits), not the original's additive form: 48 bytes an image, and no convention about -inf to
 guess. The rows are always head, upper body, legs; a recipe may use some of them. Keys are image digests, so one table
@@ -20,12 +20,14 @@ import numpy as np
 
 from reid_dist.config import DataConfig
 from reid_dist.errors import UserError
+from reid_dist.methods.muva.boxes import boxes_to_patches
 from reid_dist.methods.muva.config import PARTS
 
 if TYPE_CHECKING:
     from reid_dist.data.side import SideTable
 
 logger = logging.getLogger(__name__)
+BANDS_EVERYWHERE = "bands"  # instead of a side table: the fixed bands of boxes.py for every image, no grounding
 
 
 class ImageRows(Protocol):
@@ -105,15 +107,21 @@ def open_masks(
 ) -> PartMasks:
     """The masks of every image of `view` from side tables `names` (the first that has an image wins).
 
+    `names` = ("bands",): the same fixed bands for every image.
+
     Raises UserError: no table named, a table that is none of masks or of another grid, an image without a mask.
     """
     from reid_dist.data.side import open_side_table
     from reid_dist.storage.cache import NodeCache
 
+    if tuple(names) == (BANDS_EVERYWHERE,):
+        bands = np.packbits(boxes_to_patches({}, grid).visible)
+        return PartMasks(np.broadcast_to(bands, (len(view), len(bands))), grid, parts)
     if not names:
         raise UserError(
             "model.masks is empty: name the side tables with the part masks of the training images, for example "
-            "model.masks=[masks-market-1501], or train without parts (model.parts=[])"
+            "model.masks=[market-1501-masks], take fixed bands for every image (model.masks=[bands]), or train without "
+            "parts (model.parts=[])"
         )
     cache = NodeCache(data.cache, data.cache_gb)
     found: dict[str, bytes] = {}

@@ -95,7 +95,7 @@ METHOD = MethodSpec(
     encode=encode,
     similarity={"global": 1.0},
     reference=Reference(
-        paper="MUVA: multi-grained vision-language alignment for domain-generalised person re-identification (arXiv 2603.14012)",
+        paper="MUVA: multi-grained vision-language alignment for domain generalization of person ReID (arXiv 2603.14012)",
         repository="https://github.com/RikoLi/MUVA",
         commit="8965263",
     ),

@@ -92,8 +92,8 @@ def additive(visible: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def part_attention_bias(part_mask: Tensor) -> Tensor:
     """Additive part mask [n, R, L] -> additive attention term [n, 1, S, S], the same for all heads.
 
-    Class token and everything: free. Part and its own patches, both ways: the mask. Part and other part: blocked. Patch and
-    patch: free. Every row sees the class token, so an empty part never gives NaN.
+    Class token and everything: free. Part and its own patches, both ways: the mask. Part and other part: blocked.
+    Patch and patch: free. Every row sees the class token, so an empty part never gives NaN.
     """
     n, parts, patches = part_mask.shape
     others = part_mask.new_full((parts, parts), float("-inf")).fill_diagonal_(0).expand(n, -1, -1)

@@ -56,8 +56,8 @@ def prompt_templates(
     needed = max(len(tokenizer.bpe(text)) + 2 for text in texts)
     if needed > length:
         raise UserError(
-            f"a prompt needs {needed} tokens, the text tower has {length}: lower model.prompt_words (now {words}) or shorten "
-            f"model.domain_text (now {domain_text!r})"
+            f"a prompt needs {needed} tokens, the text tower has {length}: lower model.prompt_words (now {words}) "
+            f"or shorten model.domain_text (now {domain_text!r})"
         )
     ids = tokenizer.encode_all(texts, length)
     end = np.argmax(ids == tokenizer.end_id, axis=1)

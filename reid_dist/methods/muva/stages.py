@@ -40,8 +40,11 @@ if TYPE_CHECKING:
 def parameter_groups(
     names: Sequence[str], stage: str, optim: OptimConfig, mask_lr_factor: float = 10.0, freeze_patches: bool = True
 ) -> list[ParamGroup]:
-    """Who trains in a stage: "prompts" the learnable words; "finetune" image tower, neck weight and classifier, and with
-    their own rate and no decay the mask predictors. The text tower and the neck's bias never train."""
+    """Who trains in a stage.
+
+    "prompts": the learnable words. "finetune": image tower, neck weight and classifier; the mask predictors with their
+    own rate and no decay. The text tower and the neck's bias never train.
+    """
     if stage == "prompts":
         return [ParamGroup(("prompts.context",), optim.lr, optim.weight_decay)]
     frozen = {"image.embed.patches.weight"} if freeze_patches else set()
@@ -270,8 +273,8 @@ def check_people(learnt: Tensor, here: Tensor) -> None:
     if not torch.equal(learnt, here):
         wrong = int((learnt != here).sum()) if learnt.shape == here.shape else len(here)
         raise UserError(
-            f"the prompts were learnt with another label map: {wrong} of {len(here)} labels stand for other people; start from "
-            "a stage-1 run on the same tables in the same order"
+            f"the prompts were learnt with another label map: {wrong} of {len(here)} labels stand for other people; start "
+            "from a stage-1 run on the same tables"
         )
 
 

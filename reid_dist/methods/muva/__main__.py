@@ -1,0 +1,82 @@
+"""Part masks into the side tables that recipes name: `python -m reid_dist.methods.muva VERB WHAT key=value ...`.
+
+    import-masks FILE    an official mask file (a pickle, read without running anything in it; local or s3://) for the
+                         training images of the packed table table=
+    draw-masks LAYOUT    exact masks of a synthetic world's training images; other keys are the world's options
+
+Keys of both: name= the side table to write, root= the folder or prefix with tables/; image_size=[256,128], patch=16,
+stride=16 give the grid. The record is the last line of stdout; exit 2 for bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import Any
+
+from reid_dist.config import DataConfig, parse_yaml
+from reid_dist.errors import UserError
+
+USAGE = (
+    "usage: python -m reid_dist.methods.muva import-masks FILE table=NAME name=NAME root=URI [image_size=[256,128]], or "
+    "draw-masks LAYOUT name=NAME root=URI [image_size=[64,32] patch=8 stride=8] [world options]"
+)
+SHAPE = {"image_size": [256, 128], "stride": 16, "patch": 16}
+
+logger = logging.getLogger("reid_dist.methods.muva")
+
+
+def import_masks(
+    path: str, table: str, name: str, root: str, grid: tuple[int, int], splits: tuple[str, ...] = ("train",)
+) -> dict[str, Any]:
+    """Convert an official mask file for the images of some splits of a table; returns the record. Raises UserError."""
+    from reid_dist.data.store import open_view
+    from reid_dist.methods.muva.mask_pickle import masks_of_pickle
+    from reid_dist.methods.muva.masks import write_masks
+    from reid_dist.storage import open_store
+
+    folder, _, file = path.rpartition("/")
+    content = open_store(folder or ".").read(file)
+    view = open_view(DataConfig(root=root), (table,), splits)
+    version = write_masks(root, name, masks_of_pickle(content, path, view, grid), grid, f"official file {file}")
+    return {"side_table": name, "version": version, "images": len(view), "grid": list(grid)}
+
+
+def draw_masks(layout: str, name: str, root: str, grid: tuple[int, int], **world: Any) -> dict[str, Any]:
+    """Write the exact masks of a synthetic world's training images; returns the record. Raises UserError."""
+    from reid_dist.data.synthetic import world_for
+    from reid_dist.methods.muva.exact import exact_masks
+    from reid_dist.methods.muva.masks import write_masks
+
+    rows = list(exact_masks(world_for(layout, **world), layout, grid))
+    version = write_masks(root, name, rows, grid, "exact, from the synthetic renderer")
+    return {"side_table": name, "version": version, "images": len(rows), "grid": list(grid)}
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    """The command. Raises UserError."""
+    words = [word for word in argv if "=" not in word]
+    options = {key: parse_yaml(value, key) for key, _, value in (word.partition("=") for word in argv if "=" in word)}
+    if len(words) != 2 or words[0] not in ("import-masks", "draw-masks") or not {"name", "root"} <= set(options):
+        raise UserError(USAGE)
+    name, root = str(options.pop("name")), str(options.pop("root"))
+    size, stride, patch = (options.pop(key, usual) for key, usual in SHAPE.items())
+    numbers = [*size, stride, patch] if isinstance(size, list) and len(size) == 2 else [0]
+    if not all(isinstance(number, int) and number > 0 for number in numbers) or min(size) < patch:
+        raise UserError(f"image_size={size}, patch={patch}, stride={stride}: no grid of patches. {USAGE}")
+    rows, columns = ((number - patch) // stride + 1 for number in size)
+    if words[0] == "draw-masks":
+        return draw_masks(words[1], name, root, (rows, columns), **options)
+    if set(options) != {"table"}:
+        raise UserError(f"import-masks takes table=, got {', '.join(sorted(options)) or 'none'}. {USAGE}")
+    return import_masks(words[1], str(options["table"]), name, root, (rows, columns))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        sys.stdout.write(json.dumps(main(sys.argv[1:])) + "\n")
+    except UserError as error:
+        logger.error("%s", error)
+        sys.exit(2)
