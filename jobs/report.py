@@ -104,10 +104,12 @@ def _rank_list(entry: dict[str, Any], view: Any) -> Any:
     import numpy as np
 
     from reid_dist.reporting import RankedItem, RankList
+    from reid_dist.reporting.film import film_strips
 
     query, text = entry["query"], entry["query_kind"] == "text"
     rows = [item["row"] for item in entry["top"]]
-    pictures = view.encoded(np.array([query["row"], *rows], dtype=np.int64))
+    wanted = np.array([query["row"], *rows], dtype=np.int64)
+    pictures = film_strips(view, wanted) if entry["gallery_kind"] == "tracklet" else view.encoded(wanted)
     shows_text = entry["gallery_kind"] == "text"
     items = [
         RankedItem(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from reid_dist import methods
@@ -32,6 +34,7 @@ from reid_dist.methods.climb.tracklets import (
 )  # fmt: skip
 from reid_dist.methods.climb.weights import import_weights, our_parameter
 from reid_dist.methods.spec import EvalSide, ModelFacts, PlanPart, TrainingData
+from reid_dist.reporting.film import FRAMES, film_strips
 from tests.unit.climb_names import Alone, FakeView
 
 TINY: dict[str, Any] = {"arch": "tiny", "weights": "", "image_size": (64, 32), "states": 4, "instances": 2}
@@ -473,3 +476,17 @@ def test_a_batch_of_one_is_refused() -> None:
     out = stage.forward(network, batch, ctx)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="batch of one image"):
         stage.losses(network, out, batch, ctx)  # type: ignore[arg-type]
+
+
+def test_tracklets_are_shown_as_film_strips() -> None:
+    view = FakeView(people=2, frames=(1, 3, 30))
+    view.looks = np.array([[200, 60, 60], [60, 60, 200]])
+    whole = group_tracklets(view)  # type: ignore[arg-type]
+    picked = [next(rows for rows in whole.rows if len(rows) == n) for n in (1, 3, 30)]
+    strips = film_strips(view, np.array([rows[-1] for rows in picked]))  # type: ignore[arg-type]
+    for rows, data, count in zip(picked, strips, (1, 3, FRAMES), strict=True):
+        picture = np.asarray(Image.open(io.BytesIO(data)))
+        gaps = int((picture == 255).all(axis=(0, 2)).sum())
+        assert (picture.shape[0], gaps) == (128, 2 * (count - 1))
+        colour = picture.reshape(-1, 3).mean(0)
+        assert (colour[0] > colour[2]) == (view.label[rows[0]] == 0)

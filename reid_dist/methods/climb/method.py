@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from reid_dist.config import OptimConfig, Recipe, ScheduleConfig
 from reid_dist.data.draws import plan_rng, row_rng
 from reid_dist.data.samplers import IdentityPlan
+from reid_dist.data.tracklets import tracklets_of
 from reid_dist.data.transforms import ImageTransform
 from reid_dist.errors import UserError
 from reid_dist.methods.climb import losses as own_losses
@@ -248,16 +249,6 @@ def eval_batch(config: Config, view: TableView, side: EvalSide, index: np.ndarra
         return batch | {"clips": DenseClips(view, tuple(members), transform, config.frames, at_once=max(1, len(rows)))}
     clips = np.stack([m[restricted_clip(len(m), config.frames)] for m in members])
     return batch | {"image": load_frames(view, clips, transform)}
-
-
-def tracklets_of(view: TableView, rows: np.ndarray) -> list[np.ndarray]:
-    """All frames, in order, of the tracklets that `rows` of a view belong to (a side names a tracklet by its first)."""
-    keys = np.stack([view.domain, view.pid, view.camid, np.asarray(view.tracklet)], axis=1)
-    found = []
-    for row in rows.tolist():
-        members = np.flatnonzero((keys == keys[row]).all(axis=1))
-        found.append(members[np.argsort(np.asarray(view.frame)[members], kind="stable")])
-    return found
 
 
 def encode(model: nn.Module, batch: Batch) -> Outputs:

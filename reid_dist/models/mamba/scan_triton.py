@@ -55,6 +55,22 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _replay(  # type: ignore[no-untyped-def]
+    x, s, B, b, h, rate, own, start, count, channels, d, in_d, n, in_n,
+    states: tl.constexpr, N: tl.constexpr, D: tl.constexpr, CONST_B: tl.constexpr,
+):  # fmt: skip
+    """Store into `own` the state before each of `count` steps of a chunk; it starts at `start` with the state `h`."""
+    for j in range(count):
+        tl.store(own + j * D * N, h)
+        at = (start + j) * channels + d
+        xt = tl.load(x + at, mask=in_d, other=0.0)
+        st = tl.load(s + at, mask=in_d, other=0.0)
+        if not CONST_B:
+            b = tl.load(B + (start + j) * states + n, mask=in_n, other=0.0)[None, :] + tl.zeros_like(h)
+        h = tl.exp(st[:, None] * rate) * h + xt[:, None] * b
+
+
+@triton.jit
 def _backward(  # type: ignore[no-untyped-def]
     x, s, A, B, C, g, kept, scratch, dx, ds, dA, dB, dC, length, channels, chunks, blocks,
     states: tl.constexpr, N: tl.constexpr, D: tl.constexpr, CHUNK_: tl.constexpr,
@@ -82,14 +98,9 @@ def _backward(  # type: ignore[no-untyped-def]
         first = chunk * CHUNK_
         count = tl.minimum(CHUNK_, length - first)
         h = tl.load(kept + (row * chunks + chunk) * states * channels + place, mask=tile, other=0.0)
-        for j in range(count):
-            tl.store(own + j * D * N, h)
-            at = (row * length + first + j) * channels + d
-            xt = tl.load(x + at, mask=in_d, other=0.0)
-            st = tl.load(s + at, mask=in_d, other=0.0)
-            if not CONST_B:
-                b = tl.load(B + (row * length + first + j) * states + n, mask=in_n, other=0.0)[None, :] + zero
-            h = tl.exp(st[:, None] * rate) * h + xt[:, None] * b
+        _replay(
+            x, s, B, b, h, rate, own, row * length + first, count, channels, d, in_d, n, in_n, states, N, D, CONST_B
+        )
         tl.debug_barrier()
         for i in range(count):
             j = count - 1 - i
