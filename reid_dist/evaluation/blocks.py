@@ -8,10 +8,14 @@ when it has many matches; `DeviceBlock` does the same on a torch device by sorti
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+from reid_dist.evaluation.similarity import is_tensor
+
+if TYPE_CHECKING:
+    import torch
 
 SORT_ABOVE = 96  # matches in a row from which one value sort is cheaper than one comparison per match
 NARROW_BELOW = 0.25  # share of the row that must be left for copying it to pay
@@ -93,10 +97,12 @@ class DeviceBlock:
     """A block on a torch device; answers come back as NumPy arrays."""
 
     def __init__(self, scores: torch.Tensor) -> None:
-        self.scores = scores
+        import torch
+
+        self.scores, self._torch = scores, torch
 
     def _index(self, x: np.ndarray) -> torch.Tensor:
-        return torch.as_tensor(x, device=self.scores.device)
+        return self._torch.as_tensor(x, device=self.scores.device)
 
     def take(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
         """Scores at the pairs, [n]."""
@@ -104,11 +110,11 @@ class DeviceBlock:
 
     def hide(self, rows: np.ndarray, cols: np.ndarray) -> None:
         """Leave the pairs out of every later count."""
-        self.scores[self._index(rows), self._index(cols)] = -torch.inf
+        self.scores[self._index(rows), self._index(cols)] = -np.inf
 
     def hide_grid(self, rows: np.ndarray, cols: np.ndarray) -> None:
         """Leave rows x cols out of every later count."""
-        self.scores[self._index(rows)[:, None], self._index(cols)] = -torch.inf
+        self.scores[self._index(rows)[:, None], self._index(cols)] = -np.inf
 
     def count(self, bounds: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `HostBlock.count`."""
@@ -120,7 +126,7 @@ class DeviceBlock:
         ordered, wanted = self.scores.sort(dim=1).values.contiguous(), self._index(ragged)
         width = ordered.shape[1]
         least, more = (
-            width - torch.searchsorted(ordered, wanted, right=right).cpu().numpy() for right in (False, True)
+            width - self._torch.searchsorted(ordered, wanted, right=right).cpu().numpy() for right in (False, True)
         )
         return least[at].astype(np.int64), (least > more)[at]
 
@@ -128,7 +134,7 @@ class DeviceBlock:
         """As `HostBlock.count_ids`."""
         width = self.scores.shape[1]
         owner = self._index(np.repeat(np.arange(len(starts)), np.diff(starts, append=width))).expand_as(self.scores)
-        peaks = self.scores.new_full((len(self.scores), len(starts)), -torch.inf).scatter_reduce_(
+        peaks = self.scores.new_full((len(self.scores), len(starts)), -np.inf).scatter_reduce_(
             1, owner, self.scores, "amax"
         )
         counts: np.ndarray = (peaks >= self._index(best)[:, None]).sum(1).cpu().numpy()
@@ -141,4 +147,4 @@ class DeviceBlock:
 
 def block_of(scores: Any) -> HostBlock | DeviceBlock:
     """The block for scores that lie in host memory or on a device."""
-    return DeviceBlock(scores) if isinstance(scores, torch.Tensor) else HostBlock(scores)
+    return DeviceBlock(scores) if is_tensor(scores) else HostBlock(scores)

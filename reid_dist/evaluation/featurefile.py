@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from reid_dist.evaluation.protocols import Items, Protocol, tracklets
-from reid_dist.evaluation.similarity import EvaluationError
+from reid_dist.evaluation.similarity import CHUNK, EvaluationError
 
 ALLOWED = {"split": ("query", "gallery", "test", "train", "val", "unused"), "modality": ("rgb", "ir")}
 WHOLE = ("pid", "camid", "tracklet", "trial")
@@ -50,6 +50,10 @@ def read_columns(path: str | Path, needed: Sequence[str], reader: str) -> dict[s
     feat = columns["feat"]
     if feat.ndim != 2 or 0 in feat.shape or feat.dtype.kind != "f":
         raise EvaluationError(f"{path}: column feat has shape {feat.shape} and type {feat.dtype}, expected real [N, D]")
+    for start in range(0, len(feat), CHUNK):
+        bad = np.flatnonzero(~np.isfinite(feat[start : start + CHUNK]).all(axis=1))
+        if len(bad):
+            raise EvaluationError(f"{path}: column feat, row {start + bad[0]}: not a finite number (NaN or infinity)")
     known = {name: _checked(path, name, columns[name], len(feat)) for name in (*WHOLE, *TEXT) if name in columns}
     if "split" in known:
         _unique(path, known)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from reid_dist.evaluation.blocks import DeviceBlock, HostBlock, block_of
 from reid_dist.evaluation.similarity import (
@@ -27,6 +26,7 @@ from reid_dist.evaluation.similarity import (
     block_rows,
     check_pair,
     combine,
+    is_tensor,
     on_device,
     score_blocks,
 )
@@ -163,13 +163,13 @@ def rank_blocks(
 
     def arranged() -> Iterator[Any]:
         for scores in blocks:
-            finite = torch.isfinite(scores) if isinstance(scores, torch.Tensor) else np.isfinite(scores)
+            finite = scores.isfinite() if is_tensor(scores) else np.isfinite(scores)
             if not bool(finite.all()):
                 raise EvaluationError(
                     "the scores hold values that are not finite (NaN or infinity): refuse to rank them"
                 )
             if on_device(scores):
-                yield scores[:, torch.as_tensor(order, device=scores.device)]
+                yield scores[:, order]
             else:
                 yield np.asarray(scores)[:, order]
 

@@ -8,16 +8,18 @@ Squared Euclidean distance becomes a product too, through one more column (-|g|^
 
 Rows are padded with zeros to multiples of `TILE`: BLAS computes a ragged edge with other kernels than the inside, so
 without padding the last bits of a score would depend on where its image stands, and equal features would not tie.
+
+torch takes seconds to import, so it is imported only where a tensor shows that somebody has done so.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 TILE = 64  # rows; a multiple of every BLAS kernel's tile
 MAX_ROWS = 512  # rows of a block of scores: more gain nothing, the block would leave the processor's cache
@@ -60,9 +62,7 @@ def combine(
     width = sum(part.shape[1] for part, _ in parts) + (metric == "euclidean")
     first = parts[0][0]
     padded = -(-max(len(rows), 1) // multiple) * multiple
-    out: Any = (
-        torch.zeros((padded, width), device=first.device) if on_device(first) else np.zeros((padded, width), np.float32)
-    )
+    out = _zeros((padded, width), first)
     left = 0
     for part, weight in parts:
         right = left + part.shape[1]
@@ -100,14 +100,22 @@ def constant_features(features: Features) -> bool:
     return True
 
 
+def is_tensor(x: Any) -> bool:
+    """True for a torch tensor, without importing torch: who holds one has imported it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
 def on_device(x: Array) -> bool:
     """True for a torch tensor outside host memory; everything else is worked on as NumPy."""
-    return isinstance(x, torch.Tensor) and x.device.type != "cpu"
+    return is_tensor(x) and x.device.type != "cpu"
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Without reduced-precision products (TF32), which would reorder near ties on a GPU."""
+    import torch
+
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -143,7 +151,11 @@ def stack(query: Features, gallery: Features) -> Features:
     if isinstance(query, Mapping):
         return {name: stack(part, gallery[name]) for name, part in query.items()}
     q, g = _two_axes(query, "query"), _two_axes(gallery, "gallery")
-    return torch.cat([torch.as_tensor(q, device=g.device), g]) if on_device(g) else np.concatenate([host(q), g])
+    if not on_device(g):
+        return np.concatenate([host(q), g])
+    import torch
+
+    return torch.cat([torch.as_tensor(q, device=g.device), g])
 
 
 def block_rows(columns: int, memory_mb: float) -> int:
@@ -159,21 +171,40 @@ def score_blocks(q: Any, g: Any, num_query: int, num_gallery: int, rows: int) ->
     Every product has the same shape, so a score does not depend on the shard or the place in which it is computed.
     """
     if on_device(g) != on_device(q):
-        q = torch.as_tensor(q, device=g.device) if on_device(g) else host(q)
-    out: Any = torch.empty((rows, len(g)), device=g.device) if on_device(g) else np.empty((rows, len(g)), np.float32)
-    multiply = torch.matmul if on_device(g) else np.matmul
+        q = _beside(q, g) if on_device(g) else host(q)
+    out = _zeros((rows, len(g)), g)
     for start in range(0, num_query, rows):
-        with full_float32():
-            multiply(q[start : start + rows], g.T, out=out)
+        if on_device(g):
+            with full_float32():
+                q[start : start + rows].matmul(g.T, out=out)
+        else:
+            np.matmul(q[start : start + rows], g.T, out=out)
         yield start, out[: num_query - start, :num_gallery]
+
+
+def _zeros(shape: tuple[int, int], like: Array) -> Any:
+    """Float32 zeros where `like` lies."""
+    if not on_device(like):
+        return np.zeros(shape, np.float32)
+    import torch
+
+    return torch.zeros(shape, device=like.device)
+
+
+def _beside(x: Any, tensor: Any) -> Any:
+    """`x` as a tensor on the device of `tensor`."""
+    import torch
+
+    return torch.as_tensor(x, device=tensor.device)
 
 
 def host(x: Array) -> np.ndarray:
     """NumPy view or copy of a NumPy array or torch tensor; half precision becomes float32."""
-    if not isinstance(x, torch.Tensor):
+    if not is_tensor(x):
         return np.asarray(x)
     x = x.detach()
-    return (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x).cpu().numpy()
+    values: np.ndarray = (x.float() if x.dtype.is_floating_point and x.dtype.itemsize == 2 else x).cpu().numpy()
+    return values
 
 
 def _two_axes(x: Array, name: str) -> Any:
@@ -200,8 +231,8 @@ def _scaled(part: Any, rows: np.ndarray, weight: float, metric: Metric, side: st
     """Rows as float32, of unit length for the cosine, times the root of the weight."""
     root = float(np.sqrt(weight))
     if on_device(part):
-        x = part[torch.as_tensor(rows, device=part.device)].float()
-        norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).cpu().numpy()
+        x = part[_beside(rows, part)].float()
+        norm = x.double().norm(dim=1).cpu().numpy()
     else:
         x = part[rows].astype(np.float32, copy=False)
         norm = np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))
@@ -217,4 +248,4 @@ def _scaled(part: Any, rows: np.ndarray, weight: float, metric: Metric, side: st
             f"{side} features: row {rows[np.flatnonzero(norm == 0)[0]]} is all zeros, it has no direction"
         )
     scale = (root / norm).astype(np.float32)[:, None]
-    return x * (torch.as_tensor(scale, device=part.device) if on_device(part) else scale)
+    return x * (_beside(scale, part) if on_device(part) else scale)
