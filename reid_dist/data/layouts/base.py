@@ -100,6 +100,7 @@ class Tree:
             found = pattern.fullmatch(path[len(folder) + 1 :])
             with self.noting():
                 if found is None and self.strict:
+                    self.claim(path)  # what is wrong with it is said here
                     refuse_name(self, path, example)
                 if found is not None:
                     yield self.image(path), found
@@ -128,9 +129,9 @@ class Tree:
 
     def image(self, path: str) -> str:
         """Claim an image and return its path. Raises DatasetError for an empty file."""
+        self.claim(path)
         if self.sizes[path] == 0:
             raise DatasetError(f"{self.store.uri}: {path} is empty (0 bytes); fetch this image again")
-        self.claim(path)
         return path
 
     def read_lines(self, path: str) -> list[str]:
@@ -221,8 +222,7 @@ class Layout:
             records.extend(self.read(tree, **options))
             tree.pass_over(COMPANION, "companion papers")
             read = {path.partition("#")[0] for path in (record.path for record in records)}
-            known = " ".join(problems)
-            strays = sorted((path for path in tree.unclaimed - read if path not in known), key=str.encode)
+            strays = sorted(tree.unclaimed - read, key=str.encode)
             problems += [f"{store.uri}: {path} does not belong to {self.name}" for path in strays]
         except DatasetError as error:
             problems.append(str(error))

@@ -71,6 +71,7 @@ def _record(tree: Tree, row: dict[str, str], domain: str, where: str, ragged: bo
     path = row["path"]
     if path not in tree.sizes:
         raise tree.wrong(where, f"names {path!r:.200}, which is not there")
+    tree.claim(path)
     trials = tuple(row["split"].split("|")) if "|" in row["split"] else ()
     if any(split not in SPLITS for split in ([t for t in trials if t] if trials else [row["split"]])):
         raise tree.wrong(where, f"split={row['split']!r:.80}; choose {', '.join(SPLITS)}")
