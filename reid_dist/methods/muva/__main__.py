@@ -3,6 +3,8 @@
     import-masks FILE    an official mask file (a pickle, read without running anything in it; local or s3://) for the
                          training images of the packed table table=
     draw-masks LAYOUT    exact masks of a synthetic world's training images; other keys are the world's options
+    draw-pair FOLDER     two synthetic domains in Market-1501's layout, FOLDER/raw-a and FOLDER/raw-b, and masks of both in
+                         the side tables synthetic-a-masks and synthetic-b-masks; name= and root= are not needed
 
 Keys of both: name= the side table to write, root= the folder or prefix with tables/; image_size=[256,128], patch=16,
 stride=16 give the grid. The record is the last line of stdout; exit 2 for bad input.
@@ -20,8 +22,9 @@ from reid_dist.errors import UserError
 
 USAGE = (
     "usage: python -m reid_dist.methods.muva import-masks FILE table=NAME name=NAME root=URI [image_size=[256,128]], or "
-    "draw-masks LAYOUT name=NAME root=URI [image_size=[64,32] patch=8 stride=8] [world options]"
+    "draw-masks LAYOUT name=NAME root=URI [image_size=[64,32] patch=8 stride=8] [world options], or draw-pair FOLDER"
 )
+LAYOUT = "market-1501"  # of the synthetic pair
 SHAPE = {"image_size": [256, 128], "stride": 16, "patch": 16}
 
 logger = logging.getLogger("reid_dist.methods.muva")
@@ -54,10 +57,33 @@ def draw_masks(layout: str, name: str, root: str, grid: tuple[int, int], **world
     return {"side_table": name, "version": version, "images": len(rows), "grid": list(grid)}
 
 
+PAIR: dict[str, dict[str, Any]] = {
+    "a": {"shift": 0.0},
+    "b": {"shift": 0.6},
+}  # how far each domain's look is from the others'
+
+
+def draw_pair(folder: str, grid: tuple[int, int] = (8, 4), **world: Any) -> dict[str, Any]:
+    """Write domains A and B and the masks of their training images; returns the record. Raises UserError."""
+    from reid_dist.data.synthetic import write_synthetic
+
+    masks = {}
+    for domain, look in PAIR.items():
+        options = {"domain": domain, **look, **world}
+        write_synthetic(f"{folder}/raw-{domain}", LAYOUT, progress=True, **options)
+        masks[domain] = draw_masks(LAYOUT, f"synthetic-{domain}-masks", folder, grid, **options)
+        logger.info(
+            "next: python -m jobs.pack %s %s/raw-%s root=%s name=synthetic-%s", LAYOUT, folder, domain, folder, domain
+        )
+    return {"folder": folder, "masks": masks}
+
+
 def main(argv: list[str]) -> dict[str, Any]:
     """The command. Raises UserError."""
     words = [word for word in argv if "=" not in word]
     options = {key: parse_yaml(value, key) for key, _, value in (word.partition("=") for word in argv if "=" in word)}
+    if len(words) == 2 and words[0] == "draw-pair":
+        return draw_pair(words[1], **options)
     if len(words) != 2 or words[0] not in ("import-masks", "draw-masks") or not {"name", "root"} <= set(options):
         raise UserError(USAGE)
     name, root = str(options.pop("name")), str(options.pop("root"))
