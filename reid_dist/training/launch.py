@@ -112,19 +112,21 @@ def _one_try(recipe: Recipe, run: Run, number: int) -> dict[str, Any]:
 def _in_thread(call: Callable[[], Any], run: Run) -> Any:
     """Run Ray's fit beside the main thread, which stays free for signals (Ray's own Ctrl-C handler would kill the workers)."""
     box: dict[str, Any] = {}
+    done = threading.Event()
 
     def target() -> None:
         try:
             box["value"] = call()
         except BaseException as error:
             box["error"] = error
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=target, name="ray-train-fit", daemon=True)
-    thread.start()
+    threading.Thread(target=target, name="ray-train-fit", daemon=True).start()
     asked = False
-    while thread.is_alive():
+    while not done.is_set():
         try:
-            thread.join(timeout=0.5)
+            time.sleep(0.5)  # not Thread.join: interrupted by a signal it may take the thread for ended
         except (KeyboardInterrupt, RunError) as interrupt:
             if asked:
                 raise
