@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -11,30 +12,48 @@ from reid_dist.config import DataConfig, OptimConfig, Recipe, ScheduleConfig, Tr
 from reid_dist.data.samplers import rank_slice
 from reid_dist.methods.climb import METHOD, bank
 from reid_dist.methods.climb.config import Config
-from reid_dist.methods.spec import ModelFacts, TrainingData
+from reid_dist.methods.climb.method import ClimbStage
+from reid_dist.methods.spec import Batch, ModelFacts, PlanPart, TrainingData
 from reid_dist.training.context import RunContext
 from reid_dist.training.loop import Hooks, Worker
 from tests.unit.climb_names import FakeView
 
 
-def train_video(training: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+class Float64(ClimbStage):
+    """Loads float64, so that a float64 model computes in it."""
+
+    def load(self, part: PlanPart) -> Batch:
+        return widened(super().load(part))
+
+    def _load_plain(self, items: np.ndarray) -> Batch:
+        return widened(super()._load_plain(items))
+
+
+def widened(batch: Batch) -> Batch:
+    return {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+
+
+def train_video(training: dict[str, Any], people: int, double: bool = False) -> dict[str, Any]:
     """Losses of every step, the final weights and memory. Eight steps over tracklets of 1 to 9 frames."""
     config = Config(
         arch="tiny", weights="", image_size=(32, 16), states=4, frames=4, temporal_strides=(1, 2, 4), cameras=2,
-        instances=2, iterations=4, memory_batch=5, **model,
+        instances=2, iterations=4, memory_batch=5,
     )  # fmt: skip
     recipe = Recipe(
         name="t", method="climb", model=config, data=DataConfig(train=("t",)),
-        optim=OptimConfig(name="sgd", lr=0.01, weight_decay=5e-4), schedule=ScheduleConfig(mode="step", warmup=1),
+        optim=OptimConfig(name="sgd", lr=0.001, weight_decay=5e-4), schedule=ScheduleConfig(mode="step", warmup=1),
         training=TrainingConfig(epochs=2, global_batch=6, log_every=4, **training),
     )  # fmt: skip
 
     def build() -> torch.nn.Module:
         torch.manual_seed(1)
-        return METHOD.build(config, ModelFacts(num_classes=4))
+        model = METHOD.build(config, ModelFacts(num_classes=people))
+        return model.double() if double else model
 
-    data = TrainingData(train=FakeView(people=4, frames=(1, 3, 9)), val=None)  # type: ignore[arg-type]
-    worker = Worker(recipe, METHOD, build, data, None, Hooks(), torch.device("cpu"))
+    data = TrainingData(train=FakeView(people=people, frames=(1, 3, 9)), val=None)  # type: ignore[arg-type]
+    stage = Float64 if double else ClimbStage
+    spec = dataclasses.replace(METHOD, stages=lambda recipe, data: [stage(recipe, data)])
+    worker = Worker(recipe, spec, build, data, None, Hooks(), torch.device("cpu"))
     worker.train()
     assert worker.snapshot is not None
     return {

@@ -23,6 +23,12 @@ BLOCK_D = 32
 
 
 @triton.jit
+def _row_of(matrix, at, n, in_n, like):  # type: ignore[no-untyped-def]
+    """One row [N] of B or C, repeated for every channel of a block."""
+    return tl.load(matrix + at + n, mask=in_n, other=0.0)[None, :] + tl.zeros_like(like)
+
+
+@triton.jit
 def _forward(  # type: ignore[no-untyped-def]
     x, s, A, B, C, y, last, kept, length, channels, chunks,
     states: tl.constexpr, N: tl.constexpr, D: tl.constexpr, CHUNK_: tl.constexpr,
@@ -46,12 +52,22 @@ def _forward(  # type: ignore[no-untyped-def]
         xt = tl.load(x + at, mask=in_d, other=0.0)
         st = tl.load(s + at, mask=in_d, other=0.0)
         if not CONST_B:
-            b = tl.load(B + (row * length + t) * states + n, mask=in_n, other=0.0)[None, :] + zero
+            b = _row_of(B, (row * length + t) * states, n, in_n, h)
         if not CONST_C:
-            c = tl.load(C + (row * length + t) * states + n, mask=in_n, other=0.0)[None, :] + zero
+            c = _row_of(C, (row * length + t) * states, n, in_n, h)
         h = tl.exp(st[:, None] * rate) * h + xt[:, None] * b
         tl.store(y + at, tl.sum(h * c, axis=1), mask=in_d)
     tl.store(last + row * states * channels + place, h, mask=tile)
+
+
+@triton.jit
+def _collect(total, value, place, in_n, CONST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Gradient of a constant matrix: added up; of one row: this block's part of it is stored."""
+    if CONST:
+        total += value
+    else:
+        tl.store(place, tl.sum(value, axis=0), mask=in_n)
+    return total
 
 
 @triton.jit
@@ -66,7 +82,7 @@ def _replay(  # type: ignore[no-untyped-def]
         xt = tl.load(x + at, mask=in_d, other=0.0)
         st = tl.load(s + at, mask=in_d, other=0.0)
         if not CONST_B:
-            b = tl.load(B + (start + j) * states + n, mask=in_n, other=0.0)[None, :] + tl.zeros_like(h)
+            b = _row_of(B, (start + j) * states, n, in_n, h)
         h = tl.exp(st[:, None] * rate) * h + xt[:, None] * b
 
 
@@ -90,9 +106,7 @@ def _backward(  # type: ignore[no-untyped-def]
     own = scratch + (row * blocks + part) * CHUNK_ * D * N + tl.arange(0, D)[:, None] * N + n[None, :]
     mine = part.to(tl.int64) * tl.num_programs(0) * length * states  # this program's part of dB and dC
     sent = zero  # exp(s_{t+1} A) lam_{t+1}
-    sum_a = zero
-    sum_b = zero
-    sum_c = zero
+    sum_a, sum_b, sum_c = zero, zero, zero
     for back in range(chunks):
         chunk = chunks - 1 - back
         first = chunk * CHUNK_
@@ -111,20 +125,14 @@ def _backward(  # type: ignore[no-untyped-def]
             gt = tl.load(g + at, mask=in_d, other=0.0)
             before = tl.load(own + j * D * N)
             if not CONST_B:
-                b = tl.load(B + by_state, mask=in_n, other=0.0)[None, :] + zero
+                b = _row_of(B, (row * length + first + j) * states, n, in_n, zero)
             if not CONST_C:
-                c = tl.load(C + by_state, mask=in_n, other=0.0)[None, :] + zero
+                c = _row_of(C, (row * length + first + j) * states, n, in_n, zero)
             decay = tl.exp(st[:, None] * rate)
             lam = gt[:, None] * c + sent
             now = decay * before + xt[:, None] * b
-            if CONST_C:
-                sum_c += gt[:, None] * now
-            else:
-                tl.store(dC + mine + by_state, tl.sum(gt[:, None] * now, axis=0), mask=in_n)
-            if CONST_B:
-                sum_b += lam * xt[:, None]
-            else:
-                tl.store(dB + mine + by_state, tl.sum(lam * xt[:, None], axis=0), mask=in_n)
+            sum_c = _collect(sum_c, gt[:, None] * now, dC + mine + by_state, in_n, CONST_C)
+            sum_b = _collect(sum_b, lam * xt[:, None], dB + mine + by_state, in_n, CONST_B)
             tl.store(dx + at, tl.sum(lam * b, axis=1), mask=in_d)
             sent = decay * lam
             w = sent * before
