@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import warnings
 from typing import Any
 
 from jobs._job import refuse_unknown_flags, run_job, split_words
@@ -137,6 +138,8 @@ def encode_and_score(
     from jobs._scoring import shard_place
     from reid_dist.evaluation.distributed.shards import encode_sharded, score_sharded
 
+    # Lance warns about every child process; Ray's are started with exec, which is safe.
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")
     usual = loaded.run.uri if loaded.run is not None else ""
     batch = loaded.recipe.evaluation.batch
     with shard_place(options, usual) as place, connect(options.shards):
