@@ -30,6 +30,7 @@ import pyarrow as pa
 
 from reid_dist.data import layouts
 from reid_dist.data.decode import DecodeError, inspect
+from reid_dist.data.layouts.base import SYNTHETIC_MARKER
 from reid_dist.data.members import load_image
 from reid_dist.data.records import DatasetError, ParsedDataset, Record
 from reid_dist.data.store import TableFacts, read_facts, table_uri
@@ -95,7 +96,11 @@ def plan(layout: str, source: str, root: str, *, name: str = "", on_error: str =
     parsed = chosen.parse(store, **options)
     if not parsed.records:
         raise DatasetError(f"{store.uri}: no images of layout {layout} are there")
-    digest = source_digest(chosen.name, parsed, {entry.key: entry.size for entry in store.list()}, options)
+    sizes = {entry.key: entry.size for entry in store.list()}
+    if SYNTHETIC_MARKER in sizes:
+        drawn = store.read(SYNTHETIC_MARKER).decode("utf-8")
+        parsed = dataclasses.replace(parsed, notes={**parsed.notes, "synthetic": drawn})
+    digest = source_digest(chosen.name, parsed, sizes, options)
     uri = table_uri(open_store(root).uri, name or chosen.name)
     present = _facts_there(uri)
     same = present is not None and present.source == digest and (on_error == "quarantine" or not present.quarantined)

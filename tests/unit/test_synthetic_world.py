@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 from collections import Counter
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from reid_dist.data.pack import plan
 from reid_dist.data.synthetic import World, world_for, write_synthetic
 from reid_dist.data.synthetic.body import View
 from reid_dist.data.synthetic.identity import Identity
@@ -44,11 +46,18 @@ def view(yaw: float, **changes) -> View:
 
 def test_market_folders_hold_what_their_names_say(tmp_path) -> None:
     world = write_synthetic(tmp_path / "set", "market-1501", num_distractors=6, **SMALL)
-    names = {folder.name: sorted(p.name for p in folder.iterdir()) for folder in (tmp_path / "set").iterdir()}
+    folders = [entry for entry in (tmp_path / "set").iterdir() if entry.is_dir()]
+    names = {folder.name: sorted(p.name for p in folder.iterdir()) for folder in folders}
     assert set(names) == {"bounding_box_train", "query", "bounding_box_test"}
     assert len(names["query"]) == world.num_test * world.cameras_per_id
     assert any(name.startswith("0000_c") for name in names["bounding_box_test"])
     assert any(name.startswith("-1_c") for name in names["bounding_box_test"])
+
+
+def test_a_packed_world_says_that_it_is_synthetic(tmp_path) -> None:
+    write_synthetic(tmp_path / "set", "market-1501", seed=3, **SMALL)
+    facts = json.loads(plan("market-1501", str(tmp_path / "set"), str(tmp_path)).parsed.notes["synthetic"])
+    assert (facts["layout"], facts["seed"], facts["num_test"]) == ("market-1501", 3, SMALL["num_test"])
 
 
 def test_write_refuses(tmp_path) -> None:

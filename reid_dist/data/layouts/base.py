@@ -33,6 +33,7 @@ IMAGE = r"(?i:\.(?:jpg|jpeg|png|bmp))"  # extensions count whatever their case; 
 COMPANION = re.compile(
     r"(?i:readme|licen[cs]e|copying|changelog)[^/]*"
 )  # papers that come with a download, at the root
+SYNTHETIC_MARKER = ".reid-dist-synthetic.json"  # says that a tree was drawn by us, and how; hidden, so no parser minds
 _HOUSEKEEPING = re.compile(r"\..*|(?i:thumbs\.db|desktop\.ini)|__MACOSX")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from reid_dist.data import layouts
-from reid_dist.data.layouts.base import Sample
+from reid_dist.data.layouts.base import SYNTHETIC_MARKER, Sample
 from reid_dist.data.synthetic import shots
 from reid_dist.data.synthetic.parts import part_mask
 from reid_dist.data.synthetic.shots import Shot
@@ -104,6 +105,7 @@ def write_synthetic(
 ) -> World:
     """Draw a world and write it below `folder`, which must be new or empty, exactly as the layout's authors would.
 
+    A hidden file says that the tree is synthetic and how it was drawn; packing carries it into the table's notes.
     `options` are fields of World; `progress` shows a bar on stderr; `parts` names an .npz file for the exact part
     masks, {image path: bool [3, 128]} (data/synthetic/parts.py). Returns the world. Raises UserError.
     """
@@ -113,6 +115,8 @@ def write_synthetic(
     plan, masks = plan_synthetic(world, layout), list[np.ndarray]()
     target.mkdir(parents=True, exist_ok=True)
     paths = form.write(target, _drawn(world, plan, layout, progress, masks if parts is not None else None))
+    facts = {"layout": layout, **dataclasses.asdict(world)}
+    (target / SYNTHETIC_MARKER).write_text(json.dumps(facts, default=str), encoding="utf-8")
     if parts is not None:
         Path(parts).parent.mkdir(parents=True, exist_ok=True)
         named: dict[str, Any] = dict(zip(paths, masks, strict=True))
