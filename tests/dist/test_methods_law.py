@@ -107,3 +107,27 @@ def start_run(mapping: dict[str, Any]) -> str:
 
     recipe = build_recipe(mapping, lambda name: methods.get(name).Config)
     return Run.open(recipe.uri, identity_of(recipe, open_data(recipe).train.versions), recipe).uri
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_memory_savers_change_nothing(pool: Pool, references: dict[str, Any], tables: Path, name: str) -> None:
+    """Recomputed activations, and micro-batches where every stage is row-wise (elsewhere they are refused)."""
+    alone = reference(pool, references, name, tables)
+    saved = pool.run(
+        train_recipe, 2, mapping_of(name, tables, num_workers=2, zero_stage=1, activation_checkpointing=True)
+    )
+    assert_same_losses(saved[0]["losses"], alone["losses"])
+    cut = mapping_of(name, tables, num_workers=2, zero_stage=1, micro_batches=3)
+    if all(stage.row_wise for stage in stages_of(cut)):
+        assert_same_losses(pool.run(train_recipe, 2, cut)[0]["losses"], alone["losses"])
+    else:
+        with pytest.raises(AssertionError, match="batch norm"):
+            pool.run(train_recipe, 2, cut)
+
+
+def stages_of(mapping: dict[str, Any]) -> list[Any]:
+    from reid_dist.config import build_recipe
+    from reid_dist.training.worker import open_data
+
+    recipe = build_recipe(mapping, lambda name: methods.get(name).Config)
+    return list(methods.get(recipe.method).stages(recipe, open_data(recipe)))
