@@ -101,13 +101,13 @@ def original_draws(
 ) -> tuple[dict[int, list[int]], list[list[int]]]:
     """The draws of methods/muva.md section 5.3 with CPython's and NumPy's legacy generators: orders and selections."""
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
+    np.random.seed(seed)
     pids = sorted(set(labels.tolist())) if ascending else list(dict.fromkeys(labels.tolist()))
     orders: dict[int, list[int]] = {}
     for pid in pids:
         rows = np.flatnonzero(labels == pid).tolist()
         if len(rows) < instances:
-            rows = np.random.choice(rows, size=instances, replace=True).tolist()  # noqa: NPY002
+            rows = np.random.choice(rows, size=instances, replace=True).tolist()
         random.shuffle(rows)
         orders[pid] = rows
     left = {pid: len(order) // instances for pid, order in orders.items()}

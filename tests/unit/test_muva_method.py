@@ -198,7 +198,7 @@ def test_prompts_of_other_people_are_refused(tmp_path: Path) -> None:
     _, finetune = stages_for(tmp_path)
     model = METHOD.build(finetune.config, ModelFacts(num_classes=PEOPLE))
     assert isinstance(model, Muva)
-    with pytest.raises(UserError, match="hold no learnt prompts .*init=run:URI"):
+    with pytest.raises(UserError, match=r"hold no learnt prompts .*init=run:URI"):
         finetune.begin_stage(model, None)
     (prompts, _) = stages_for(tmp_path)
     prompts.begin_stage(model, None)
@@ -247,7 +247,7 @@ def test_models_that_cannot_be_built_are_refused() -> None:
         METHOD.build(Config(mask_heads=5), facts)
     with pytest.raises(UserError, match=r"part_tokens=patches: 4 rows of patches cannot be cut into 3 bands"):
         METHOD.build(Config(arch="muva-law", image_size=(32, 16), part_tokens="patches", prompt_words=2), facts)
-    with pytest.raises(UserError, match="lower model.prompt_words"):
+    with pytest.raises(UserError, match=r"lower model.prompt_words"):
         METHOD.build(Config(arch="muva-law", image_size=(32, 16), prompt_words=60), facts)
     with pytest.raises(UserError, match="encodes images, not texts"):
         METHOD.eval_batch(Config(), law_view(), EvalSide("text", np.arange(2), np.arange(2)), np.arange(1))  # type: ignore[arg-type]
