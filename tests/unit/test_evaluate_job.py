@@ -160,7 +160,9 @@ def test_cuhk03_classic_and_llcm_read_a_file(tmp_path):
     assert record["num_queries"] == 200
     n = len(data["pid"])
     more = {"modality": np.where(np.arange(n) % 2, "rgb", "ir"), "path": np.array([f"{i:03d}" for i in range(n)])}
-    record = features(saved(tmp_path, **{**data, **more, "camid": np.array([1, 2, 4, 5])[data["camid"]]}), "llcm-infrared-to-visible")
+    record = features(
+        saved(tmp_path, **{**data, **more, "camid": np.array([1, 2, 4, 5])[data["camid"]]}), "llcm-infrared-to-visible"
+    )
     assert record["num_trials"] == 10
     assert record["num_queries"] == 100
 
