@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -294,16 +295,21 @@ def main(words: list[str]) -> int:
     values: dict[str, list[float]] = {}
     started = time.monotonic()
     for seed in range(options["seeds"]):
+        found: dict[str, float] = {}
         for rows in (oracle_rows, image_rows, video_rows, infrared_rows):
-            for name, value in rows(seed, options["steps"]).items():
-                values.setdefault(name, []).append(value)
-        print(f"seed {seed}: {time.monotonic() - started:.0f} s", file=sys.stderr)
+            found |= rows(seed, options["steps"])
+        for name, value in found.items():
+            values.setdefault(name, []).append(value)
+        shown = json.dumps({name: round(float(value), 3) for name, value in found.items()})
+        print(f"seed {seed}, {time.monotonic() - started:.0f} s: {shown}", file=sys.stderr, flush=True)
     failed = 0
-    for name, found in values.items():
+    for name, measured in values.items():
         wanted, holds = CRITERIA.get(name, ("", lambda _: True))
-        failed += not holds(found)
-        verdict = "" if not wanted else "ok" if holds(found) else "FAILS"
-        print(f"{name:45} {np.mean(found):8.3f}  {min(found):8.3f} .. {max(found):8.3f}   {wanted:8} {verdict}")
+        failed += not holds(measured)
+        verdict = "" if not wanted else "ok" if holds(measured) else "FAILS"
+        print(
+            f"{name:45} {np.mean(measured):8.3f}  {min(measured):8.3f} .. {max(measured):8.3f}   {wanted:8} {verdict}"
+        )
     narrowed = [b > a for a, b in zip(values["infrared / visible, plain"],
                                       values["infrared / visible, with channel mixtures"], strict=True)]  # fmt: skip
     print(f"channel mixtures narrow the infrared gap in {sum(narrowed)} of {len(narrowed)} seeds")
