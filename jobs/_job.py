@@ -77,7 +77,7 @@ def _finish(verb: str, record: dict[str, Any]) -> NoReturn:
         except (RunError, UserError, OSError) as error:
             logger.error("the record could not be stored: %s", _one_line(error))
     if "error" in record:
-        sys.stderr.write(f"{verb}: {record['error']}\n")
+        sys.stderr.write(f"\n{verb}: {record['error']}\n")  # a progress bar may have left its line open
     sys.stderr.flush()
     print(json.dumps(record, default=str), flush=True)
     sys.exit(record["exit_code"])
