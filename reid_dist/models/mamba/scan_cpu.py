@@ -29,11 +29,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 LOG2_E = 1 / math.log(2)
-THRESHOLD = 20.0  # softplus is the identity above, as in the kernels and in torch
 CHUNK = 8  # Q: tokens that are stepped through
 CHUNKS = 4  # K: chunks that advance together
 BLOCK_BYTES = 2 * 1024 * 1024  # of one buffer; measured: smaller ones cost more in calls than they gain in cache
@@ -41,32 +39,32 @@ BLOCK_BYTES = 2 * 1024 * 1024  # of one buffer; measured: smaller ones cost more
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """How a scan is cut: segments of time, each of K chunks of Q tokens, and ranges of channels."""
+    """How time is cut: S segments of K chunks of Q tokens; and the ranges of channels."""
 
     chunk: int
     chunks: int
-    times: tuple[slice, ...]
+    segments: int
+    length: int
     spans: tuple[slice, ...]
 
     def lay(self, x: Tensor) -> Tensor:
-        """[t, f] of one segment -> [Q, K, f]; zeros behind the end keep the state and add nothing."""
-        missing = self.chunk * self.chunks - len(x)
+        """[b, l, f] -> [b, S, Q, K, f]; zeros behind the end keep the state and add nothing."""
+        missing = self.segments * self.chunks * self.chunk - self.length
         if missing:
-            x = torch.cat([x, x.new_zeros(missing, x.shape[1])])
-        return x.unflatten(0, (self.chunks, self.chunk)).transpose(0, 1).contiguous()
+            x = torch.cat([x, x.new_zeros(x.shape[0], missing, x.shape[2])], dim=1)
+        return x.unflatten(1, (self.segments, self.chunks, self.chunk)).transpose(2, 3).contiguous()
 
-    def pick(self, x: Tensor, time: slice) -> Tensor:
+    def pick(self, x: Tensor) -> Tensor:
         """The inverse of `lay`."""
-        return x.transpose(0, 1).flatten(0, 1)[: time.stop - time.start]
+        return x.transpose(2, 3).flatten(1, 3)[:, : self.length]
 
 
 def _cut(length: int, channels: int, states: int, itemsize: int) -> _Cut:
     chunk = min(CHUNK, length)
     chunks = min(CHUNKS, -(-length // chunk))
-    segment = chunks * chunk
-    width = max(64, BLOCK_BYTES // (itemsize * segment * states) // 64 * 64)
-    times = tuple(slice(start, min(start + segment, length)) for start in range(0, length, segment))
-    return _Cut(chunk, chunks, times, tuple(slice(c, min(c + width, channels)) for c in range(0, channels, width)))
+    width = max(64, BLOCK_BYTES // (itemsize * chunk * chunks * states) // 64 * 64)
+    spans = tuple(slice(c, min(c + width, channels)) for c in range(0, channels, width))
+    return _Cut(chunk, chunks, -(-length // (chunk * chunks)), length, spans)
 
 
 class _Room:
@@ -155,166 +153,87 @@ def _over_channels(x: Tensor, g: Tensor, like: Tensor, spare: Tensor) -> Tensor:
     return product.sum((0, 1)) if like.dim() == 2 else product.sum(-1, keepdim=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """The scan's inputs as they were given, u, delta, z [b, d, l]; blocks are converted and laid out one at a time."""
+class _Laid:
+    """The inputs in block order; `block(row, segment, span)` is free of copies."""
 
-    cut: _Cut
-    u: Tensor
-    delta: Tensor
-    A: Tensor  # [d, n]
-    B: Tensor  # [b, n, l] or [d, n]
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    bias: Tensor | None
-    softplus: bool
+    def __init__(self, cut: _Cut, x: Tensor, s: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
+        self.x, self.s = cut.lay(x)[..., None, :], cut.lay(s)[..., None, :]
+        self.rates = A * LOG2_E
+        self.B, self.C = (m if m.dim() == 2 else cut.lay(m)[..., None] for m in (B, C))
 
-    def part(self, whole: Tensor, row: int, time: slice, span: slice) -> Tensor:
-        """[b, d, l] -> [t, d] of one block, in the type that is computed in."""
-        return whole[row, span, time].T.to(self.A.dtype)
-
-    def steps(self, row: int, time: slice, span: slice) -> tuple[Tensor, Tensor]:
-        """(before softplus, step sizes), both [t, d]."""
-        raw = self.part(self.delta, row, time, span)
-        if self.bias is not None:
-            raw = raw + self.bias[span]
-        return raw, F.softplus(raw) if self.softplus else raw
-
-    def block(self, row: int, time: slice, span: slice, s: Tensor, u: Tensor) -> _Block:
-        """The block of step sizes s and inputs u [t, d]."""
-        B, C = (
-            m[span].T if m.dim() == 2 else self.cut.lay(m[row, :, time].T.to(s.dtype))[..., None]
-            for m in (self.B, self.C)
-        )
-        lay = self.cut.lay
-        return _Block(lay(s)[:, :, None], lay(s * u)[:, :, None], self.A[span].T.contiguous() * LOG2_E, B, C)
-
-    def room(self, span: slice, backward: bool) -> _Room:
-        """Buffers for blocks of this range of channels."""
-        return _Room(self.cut, self.A.shape[1], span.stop - span.start, self.A, backward)
+    def block(self, row: int, segment: int, span: slice) -> _Block:
+        B, C = (m[:, span] if m.dim() == 2 else m[row, segment] for m in (self.B, self.C))
+        return _Block(self.s[row, segment, ..., span], self.x[row, segment, ..., span], self.rates[:, span], B, C)
 
 
 class SelectiveScan(torch.autograd.Function):
-    """(u, delta, A, B, C, D, z, bias, softplus) -> (out [b, d, l], last state [b, d, n]) of one group of channels.
+    """(x = s u, s, A, B, C) -> (sum_n C h, last state), one group of channels.
 
-    Shapes and rules as in scan.selective_scan; A, D, bias in the type that is computed in. The last state carries no
-    gradient, as in the CUDA kernels. Softplus, skip and gate are done block by block, so that nothing of the inputs' size
-    is kept but the inputs.
+    x, s [b, l, d]; A [n, d]; B, C [b, l, n], or [n, d] when constant. Softplus, skip, gate and groups lie outside
+    (scan.py). y [b, l, d]; the last state [b, n, d] carries no gradient, as in the CUDA kernels.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-        bias: Tensor | None, softplus: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        batch, channels, length = u.shape
-        cut = _cut(length, channels, A.shape[1], A.element_size())
-        given = _Inputs(cut, u, delta, A, B, C, D, z, bias, softplus)
-        out, last = torch.empty_like(u), A.new_empty(batch, *A.shape)
+    def forward(ctx: Any, x: Tensor, s: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        batch, length, channels = x.shape
+        cut = _cut(length, channels, A.shape[0], x.element_size())
+        laid = _Laid(cut, x, s, A, B, C)
+        y = torch.empty_like(laid.x)
+        last = x.new_zeros(batch, A.shape[0], channels)
         keep = any(ctx.needs_input_grad)
-        entering = A.new_empty(batch if keep else 0, len(cut.times), cut.chunks, A.shape[1], channels)
+        entering = x.new_empty(batch if keep else 0, cut.segments, cut.chunks, A.shape[0], channels)
         for span in cut.spans:
-            room = given.room(span, backward=False)
+            room = _room(cut, A, span, x, backward=False)
             for row in range(batch):
-                state = A.new_zeros(A.shape[1], span.stop - span.start)
-                for i, time in enumerate(cut.times):
-                    ut = given.part(u, row, time, span)
-                    block = given.block(row, time, span, given.steps(row, time, span)[1], ut)
+                state = last[row, :, span]
+                for i in range(cut.segments):
+                    block = laid.block(row, i, span)
                     block.states(room, state)
+                    y[row, i, ..., span] = _over_states(block.C, room.h[1:])
                     state = room.h_at[-1][-1]
                     if keep:
                         entering[row, i, ..., span] = room.h_at[0]
-                    y = cut.pick(_over_states(block.C, room.h[1:])[:, :, 0], time)
-                    y = y if D is None else y.addcmul(ut, D[span])
-                    out[row, span, time] = (y if z is None else y * F.silu(given.part(z, row, time, span))).T
-                last[row, span] = state.T
-        ctx.save_for_backward(u, delta, A, B, C, D, z, bias, entering)
-        ctx.cut, ctx.softplus = cut, softplus
+                last[row, :, span] = state
+        ctx.save_for_backward(x, s, A, B, C, entering)
+        ctx.cut = cut
         ctx.mark_non_differentiable(last)
-        return out, last
+        return cut.pick(y.squeeze(-2)), last
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        u, delta, A, B, C, D, z, bias, entering = ctx.saved_tensors
-        given = _Inputs(ctx.cut, u, delta, A, B, C, D, z, bias, ctx.softplus)
-        result = _Gradients(given)
-        for span in ctx.cut.spans:
-            room = given.room(span, backward=True)
-            for row in range(len(given.u)):
-                back = entering.new_zeros(entering.shape[-2], span.stop - span.start)
-                for i in range(len(ctx.cut.times) - 1, -1, -1):
-                    time = ctx.cut.times[i]
-                    back = result.add(room, grads[0], entering[row, i, ..., span], back, row, time, span)
-        return result.u, result.delta, result.A, result.B, result.C, result.D, result.z, result.bias, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        x, s, A, B, C, entering = ctx.saved_tensors
+        cut: _Cut = ctx.cut
+        laid, g = _Laid(cut, x, s, A, B, C), cut.lay(grads[0])[..., None, :]
+        dx, ds, dA = torch.empty_like(laid.x), torch.empty_like(laid.s), torch.zeros_like(A)
+        dB, dC = torch.zeros_like(laid.B), torch.zeros_like(laid.C)
+        for span in cut.spans:
+            room = _room(cut, A, span, x, backward=True)
+            for row in range(len(x)):
+                back = x.new_zeros(A.shape[0], span.stop - span.start)
+                for i in range(cut.segments - 1, -1, -1):
+                    block, own = laid.block(row, i, span), g[row, i, ..., span]
+                    block.states(room, entering[row, i, ..., span])
+                    back = block.adjoint(room, own, back)
+                    dx[row, i, ..., span] = _over_states(block.B, room.lam)
+                    _part(dC, row, i, span).add_(_over_channels(room.h[1:], own, block.C, room.spare))
+                    _part(dB, row, i, span).add_(_over_channels(room.lam, block.x, block.B, room.spare))
+                    w = room.lam.mul_(room.a).mul_(room.h[:-1])
+                    torch.sum(torch.mul(w, A[:, span], out=room.spare), -2, keepdim=True, out=ds[row, i, ..., span])
+                    dA[:, span] += w.mul_(block.s).sum((0, 1))
+        grads_of = [m if m.dim() == 2 else cut.pick(m.squeeze(-1)) for m in (dB, dC)]
+        return cut.pick(dx.squeeze(-2)), cut.pick(ds.squeeze(-2)), dA, *grads_of
 
 
-class _Gradients:
-    """Gradients of all inputs, filled block by block."""
-
-    def __init__(self, given: _Inputs) -> None:
-        self.given = given
-        self.u, self.delta = torch.empty_like(given.u), torch.empty_like(given.delta)
-        self.z = None if given.z is None else torch.empty_like(given.z)
-        self.A, self.B, self.C = torch.zeros_like(given.A), torch.zeros_like(given.B), torch.zeros_like(given.C)
-        self.D = None if given.D is None else torch.zeros_like(given.D)
-        self.bias = None if given.bias is None else torch.zeros_like(given.bias)
-
-    def add(
-        self, room: _Room, grad: Tensor, entering: Tensor, back: Tensor, row: int, time: slice, span: slice
-    ) -> Tensor:
-        """One block. `back` [n, d]: what the segment after sends; returns what this one sends."""
-        given, cut = self.given, self.given.cut
-        ut, (raw, s) = given.part(given.u, row, time, span), given.steps(row, time, span)
-        block = given.block(row, time, span, s, ut)
-        block.states(room, entering)
-        g = self._through_gate(room, block, given.part(grad, row, time, span), ut, row, time, span)
-        laid = cut.lay(g)[:, :, None]
-        back = block.adjoint(room, laid, back)
-        dx = cut.pick(_over_states(block.B, room.lam)[:, :, 0], time)  # of x = s u
-        self._matrix(self.C, _over_channels(room.h[1:], laid, block.C, room.spare), row, time, span)
-        self._matrix(self.B, _over_channels(room.lam, block.x, block.B, room.spare), row, time, span)
-        w = room.lam.mul_(room.a).mul_(room.h[:-1])
-        ds = cut.pick(torch.mul(w, given.A[span].T, out=room.spare).sum(-2), time).addcmul(ut, dx)
-        self.A[span] += w.mul_(block.s).sum((0, 1)).T
-        du = dx.mul_(s)
-        if given.D is not None and self.D is not None:
-            du = du.addcmul_(g, given.D[span])
-            self.D[span] += (g * ut).sum(0)
-        self.u[row, span, time] = du.T
-        if given.softplus:
-            ds = torch.where(raw > THRESHOLD, ds, ds * raw.sigmoid())
-        if self.bias is not None:
-            self.bias[span] += ds.sum(0)
-        self.delta[row, span, time] = ds.T
-        return back
-
-    def _through_gate(
-        self, room: _Room, block: _Block, g: Tensor, ut: Tensor, row: int, time: slice, span: slice
-    ) -> Tensor:
-        """Gradient [t, d] of what enters the gate; fills z's."""
-        given = self.given
-        if given.z is None or self.z is None:
-            return g
-        y = given.cut.pick(_over_states(block.C, room.h[1:])[:, :, 0], time)
-        y = y if given.D is None else y.addcmul(ut, given.D[span])
-        zt = given.part(given.z, row, time, span)
-        gate = zt.sigmoid()
-        self.z[row, span, time] = (g * y * gate * (1 + zt * (1 - gate))).T
-        return g * zt * gate
-
-    def _matrix(self, total: Tensor, part: Tensor, row: int, time: slice, span: slice) -> None:
-        """Add a block's gradient of B or C: [n, d] of a constant one, else [Q, K, n, 1]."""
-        if total.dim() == 2:
-            total[span] += part.T
-        else:
-            total[row, :, time] += self.given.cut.pick(part[..., 0], time).T
+def _room(cut: _Cut, A: Tensor, span: slice, like: Tensor, backward: bool) -> _Room:
+    return _Room(cut, A.shape[0], span.stop - span.start, like, backward)
 
 
-def scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
-    softplus: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _part(total: Tensor, row: int, segment: int, span: slice) -> Tensor:
+    """Where a block's gradient of B or C belongs: [n, d] forms by channels, others by time."""
+    return total[:, span] if total.dim() == 2 else total[row, segment]
+
+
+def scan(x: Tensor, s: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """Typed entry to `SelectiveScan`."""
-    out, last = SelectiveScan.apply(u, delta, A, B, C, D, z, bias, softplus)
-    return out, last
+    y, last = SelectiveScan.apply(x, s, A, B, C)
+    return y, last
