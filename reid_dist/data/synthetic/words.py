@@ -88,7 +88,7 @@ def phrase(slot: str, wear: Attributes, mention: Collection[str], rng: np.random
     if noun in said and wear[noun] == ABSENT:
         return head
     words = [str(rng.choice(_ADJECTIVE[name][wear[name]])) for name in adjectives if name in said]
-    short_trousers = slot == "lower" and (wear["lower_type"], wear["lower_length"]) == ("trousers", "short")
+    short_trousers = slot == "lower" and (wear.get("lower_type"), wear.get("lower_length")) == ("trousers", "short")
     if short_trousers and {"lower_type", "lower_length"} <= set(said) and rng.random() < 0.5:
         head, words = _SHORTS, words[1:]
     text = " ".join([*words, head])

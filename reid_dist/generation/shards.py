@@ -1,0 +1,145 @@
+"""From units of work to published shards: what one worker does, and what the driver makes of it.
+
+A worker takes a shard of units, asks for all of them at once within a bound (no list of fixed size is awaited), and
+publishes the shard. A row that cannot be asked about becomes an error row; an engine that fails ends the shard, which is
+then not published and done again by whoever takes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from reid_dist.errors import RunError
+from reid_dist.generation.ledger import Ledger, Maker, Record, Unit, make_record
+from reid_dist.generation.messages import BadInput, Outcome
+
+logger = logging.getLogger(__name__)
+SHARD = 256  # units
+Work = Callable[[Unit], Awaitable[Outcome]]
+
+
+class TooManyRejects(RunError):
+    """The circuit breaker: answers are refused or malformed so often that going on would only cost money."""
+
+    retryable = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a job: its name, the version of its prompt, who answers."""
+
+    name: str
+    version: str
+    maker: Maker
+
+
+async def work_shard(ledger: Ledger, stage: Stage, units: Sequence[Unit], work: Work, parallel: int) -> list[Record]:
+    """Records of a shard, published. Already published by this attempt: read, nothing is asked.
+
+    `parallel`: units under way at a time. Raises what the engine raises (not BadInput), FencedOut, StorageError.
+    """
+    keys = [unit.key for unit in units]
+    before = await asyncio.to_thread(ledger.published, stage.name, keys)
+    if before is not None:
+        return before
+    room = asyncio.Semaphore(parallel)
+
+    async def one(unit: Unit) -> Record:
+        async with room:
+            try:
+                outcome = await work(unit)
+            except BadInput as error:
+                outcome = Outcome(None, "error", " ".join(str(error).split())[:500])
+            return make_record(unit, outcome, stage.name, stage.version, stage.maker)
+
+    tasks = [asyncio.ensure_future(one(unit)) for unit in units]
+    try:
+        records = list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:  # after a failure nothing goes on asking behind our back
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return await asyncio.to_thread(ledger.publish, stage.name, records)
+
+
+def cut_shards(units: Sequence[Unit], size: int = SHARD) -> list[list[Unit]]:
+    """Units of different keys in shards of `size`."""
+    unique = list({unit.key: unit for unit in units}.values())
+    return [unique[start : start + size] for start in range(0, len(unique), size)]
+
+
+def missing_units(units: Iterable[Unit], known: Mapping[str, Record], retry_errors: bool) -> list[Unit]:
+    """Units that nobody has answered yet; with `retry_errors` also those that ended in an error row."""
+    return [unit for unit in units if unit.key not in known or (retry_errors and not known[unit.key].usable)]
+
+
+@dataclass
+class Breaker:
+    """Trips when more than `share` of the last `window` records of a stage were not "ok"."""
+
+    share: float = 0.05
+    window: int = 1000
+    _last: deque[bool] = field(default_factory=deque)
+
+    def note(self, stage: str, status: str, reason: str) -> None:
+        """One more record. Raises TooManyRejects."""
+        self._last.append(status != "ok")
+        if len(self._last) > self.window:
+            self._last.popleft()
+        bad = sum(self._last)
+        if len(self._last) == self.window and bad > self.share * self.window:
+            raise TooManyRejects(
+                f"stage {stage}: {bad} of the last {self.window} answers were not acceptable (last: {reason or status}); "
+                f"more than {self.share:.0%} stops the job. Look at the rejects in the ledger, then mend prompt or model"
+            )
+
+
+@dataclass
+class Progress:
+    """What happened in a stage so far."""
+
+    stage: str
+    todo: int
+    started: float = field(default_factory=time.monotonic)
+    done: int = 0
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def note(self, records: Iterable[Record]) -> None:
+        """Count the records of a shard."""
+        for record in records:
+            self.done += 1
+            self.statuses[record.status] += 1
+            if record.status != "ok":
+                self.reasons[record.reason.split(":")[0][:60]] += 1
+            for reply in record.facts["replies"]:
+                self.calls += 1
+                self.prompt_tokens += reply["prompt_tokens"]
+                self.completion_tokens += reply["completion_tokens"]
+
+    @property
+    def rate(self) -> float:
+        """Units per second."""
+        return self.done / max(1e-9, time.monotonic() - self.started)
+
+    def line(self) -> str:
+        """One line of progress with rate and time left."""
+        left = (self.todo - self.done) / max(self.rate, 1e-9)
+        return f"{self.stage}: {self.done}/{self.todo} rows, {self.rate:.1f} rows/s, {left:.0f} s left"
+
+    def summary(self) -> dict[str, Any]:
+        """For the job's record."""
+        return {
+            "units": self.todo, "calls": self.calls, "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens, "statuses": dict(self.statuses), "rejects": dict(self.reasons),
+            "seconds": round(time.monotonic() - self.started, 2),
+        }  # fmt: skip

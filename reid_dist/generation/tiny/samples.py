@@ -1,0 +1,79 @@
+"""Pictures to learn from: several synthetic worlds, so that cameras and places are many, and their truths as arrays."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reid_dist.data.synthetic import World
+from reid_dist.data.synthetic.identity import ATTRIBUTES, Attributes
+from reid_dist.data.synthetic.render import Drawing
+from reid_dist.generation.tiny.questions import BINS, PARTS, attribute_answer, part_boxes, words_of
+
+SIDE = (112, 56)  # height, width as the model sees every picture
+GROUPS = (("head",), ("torso", "arm"), ("leg", "foot"))
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """N pictures. `pixels` uint8 [N, 112, 56, 3]; `answers` int64 [N, attributes] (index into words_of);
+    `boxes` int64 [N, 3, 4] in 32nds, -1 where a part is not seen.
+    """
+
+    pixels: np.ndarray
+    answers: np.ndarray
+    boxes: np.ndarray
+    wear: tuple[Attributes, ...]
+    visible: tuple[frozenset[str], ...]
+
+    def __len__(self) -> int:
+        return len(self.wear)
+
+
+def worlds(seeds: Sequence[int], people: int, split: str, images: int) -> Iterator[tuple[World, str]]:
+    """Worlds of `people` identities in `split`, every other one with strong changes between cameras."""
+    for place, seed in enumerate(seeds):
+        yield World(
+            seed=seed, domain="small-mllm", difficulty="strong" if place % 4 == 3 else "mild", images_per_id=images,
+            num_train=people if split == "train" else 0, num_val=0, num_test=people if split == "test" else 0,
+        ), split  # fmt: skip
+
+
+def draw_pictures(seeds: Sequence[int], people: int, split: str, images: int) -> Pictures:
+    """`people` identities x `images` pictures of each seed's world."""
+    pixels, answers, boxes, wear, visible = [], [], [], [], []
+    for world, part in worlds(seeds, people, split, images):
+        for person in world.people[part]:
+            for camera, frame in world.shots(person):
+                encoded, drawing = world.picture(person, camera, frame)
+                seen = drawing.visible()
+                pixels.append(seen_pixels(encoded))
+                answers.append(_answers(person.attributes, seen))
+                boxes.append(_boxes(drawing))
+                wear.append(person.attributes)
+                visible.append(seen)
+    return Pictures(np.stack(pixels), np.stack(answers), np.stack(boxes), tuple(wear), tuple(visible))
+
+
+def seen_pixels(encoded: bytes) -> np.ndarray:
+    """uint8 [112, 56, 3]: the picture as the processor resizes it."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded)) as image:
+        return np.asarray(image.convert("RGB").resize((SIDE[1], SIDE[0]), Image.Resampling.BICUBIC))
+
+
+def _answers(wear: Attributes, seen: frozenset[str]) -> np.ndarray:
+    return np.array([list(words_of(n).values()).index(attribute_answer(n, wear, seen)) for n in ATTRIBUTES], np.int64)
+
+
+def _boxes(drawing: Drawing) -> np.ndarray:
+    names = [name for group in GROUPS for name in group]
+    areas = drawing.parts(names)
+    starts = np.cumsum([0, *(len(group) for group in GROUPS)])[:-1]
+    found = part_boxes(np.add.reduceat(areas, starts, axis=0))
+    rows = [[-1] * 4 if (box := found[part]) is None else [round(v * BINS) for v in box] for part in PARTS]
+    return np.array(rows, np.int64)
