@@ -19,6 +19,7 @@ from reid_dist.errors import UserError
 logger = logging.getLogger(__name__)
 
 TESTED = ("query", "gallery", "test")
+WITH_DISTRACTORS = ("market-1501", "mars")  # domains whose id 0 is no person; elsewhere 0 is an ordinary id
 SHOWN = 5  # offenders named in the message
 
 
@@ -32,6 +33,13 @@ def tested(view: TableView) -> TableView:
     mask = np.zeros(len(view), dtype=bool)
     mask[row[np.isin(split, TESTED)]] = True
     return view.select(mask)
+
+
+def only_people(view: TableView) -> TableView:
+    """Without junk (negative ids) and, in a gallery, distractors (id 0 of Market-1501 and MARS): they are nobody."""
+    distractor = (view.pid == 0) & (view.split == "gallery") & np.isin(view.domain_name, WITH_DISTRACTORS)
+    nobody = (view.pid < 0) | distractor
+    return view.select(~nobody) if nobody.any() else view
 
 
 def check_leaks(train: TableView, test: TableView) -> dict[str, list[int]]:

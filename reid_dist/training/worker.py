@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
 from reid_dist import methods
 from reid_dist.config import Recipe
+from reid_dist.data.leaks import only_people
 from reid_dist.data.store import TableView, open_view
 from reid_dist.errors import UserError
 from reid_dist.methods.spec import MethodSpec, ModelFacts, TrainingData
@@ -20,7 +20,6 @@ from reid_dist.runs import Run
 from reid_dist.training.loop import Hooks, Worker
 
 logger = logging.getLogger(__name__)
-WITH_DISTRACTORS = ("market-1501", "mars")  # domains whose id 0 is no person; elsewhere 0 is an ordinary id
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def open_data(recipe: Recipe) -> TrainingData:
             f"data.train_splits={list(recipe.data.train_splits)} learns from the test images of {', '.join(both)}, which "
             "data.test scores: keep test tables out of data.train"
         )
-    train = _people(open_view(recipe.data, recipe.data.train, recipe.data.train_splits))
+    train = only_people(open_view(recipe.data, recipe.data.train, recipe.data.train_splits))
     val: TableView | None = open_view(recipe.data, recipe.data.val or recipe.data.train, ("val",))
     if val is not None and len(val) == 0:
         val = None
@@ -56,13 +55,6 @@ def open_data(recipe: Recipe) -> TrainingData:
     if len(train) == 0:
         raise UserError(f"tables {', '.join(recipe.data.train)} under {recipe.data.root} have no rows of split 'train'")
     return TrainingData(train=train, val=val)
-
-
-def _people(view: TableView) -> TableView:
-    """Without junk (negative ids) and, in a gallery, distractors (id 0 of Market-1501 and MARS): they are nobody."""
-    distractor = (view.pid == 0) & (view.split == "gallery") & np.isin(view.domain_name, WITH_DISTRACTORS)
-    nobody = (view.pid < 0) | distractor
-    return view.select(~nobody) if nobody.any() else view
 
 
 def prepare(recipe: Recipe, init_weights: Callable[[MethodSpec, nn.Module], None] | None = None) -> Prepared:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from reid_dist.methods.muva.method import METHOD
 from reid_dist.methods.muva.model import Muva
 from reid_dist.methods.spec import EvalSide, MethodSpec, ModelFacts, Stage, TrainingData
 from reid_dist.models.clip import ARCHITECTURES, ClipArchitecture
+from reid_dist.training import context, loader
 from reid_dist.training.checkpoint import Snapshot
 from reid_dist.training.loop import Hooks, Stopped, Worker
 from tests.golden import load
@@ -81,6 +86,28 @@ def golden_view(c: dict[str, Any]) -> ArrayView:
     return ArrayView(c["in_image_u8"], c["in_labels"])
 
 
+@contextmanager
+def skewed_slices() -> Iterator[None]:
+    """The first rank takes one row more than its share and the last one less: slices are uneven even where B/W is whole."""
+
+    def skewed(total: int, rank: int, world_size: int) -> slice:
+        edges = [min(total, total * r // world_size + (0 < r < world_size)) for r in range(world_size + 1)]
+        return slice(edges[rank], edges[rank + 1])
+
+    usual = context.rank_slice
+    context.rank_slice = loader.rank_slice = skewed  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        context.rank_slice = loader.rank_slice = usual  # type: ignore[attr-defined]
+
+
+def train_golden_skewed(*args: Any) -> dict[str, Any]:
+    """`train_golden` with uneven slices."""
+    with skewed_slices():
+        return train_golden(*args)
+
+
 def train_golden(path: Path, root: str, kind: str, zero_stage: int, micro_batches: int = 1) -> dict[str, Any]:
     """Train a golden trainer case through the real loop; its records, tables and weights."""
     c = load(path)
@@ -113,14 +140,15 @@ def train_golden(path: Path, root: str, kind: str, zero_stage: int, micro_batche
     def build() -> torch.nn.Module:
         model = golden_model(c, recipe.model, classes)
         if kind != "prompt":
-            model.prompts.people.copy_(made[0].people)
+            model.prompts.sign(made[0].people, made[0].settings)
         return model
 
     worker = worker_of(recipe, dataclasses.replace(METHOD, stages=stages), build, view)
     worker.train()
     assert worker.snapshot is not None
     stage = made[0]
-    result = {"losses": worker.losses, "weights": worker.snapshot.model, "state": worker.snapshot.method}
+    rows = worker.ctx.counts
+    result = {"rows": rows, "losses": worker.losses, "weights": worker.snapshot.model, "state": worker.snapshot.method}
     if kind != "prompt":
         steps = stage.plan().steps(0)
         result |= {"starts": stage.starts, "ends": stage.ends[steps - 1 :: steps]}
@@ -207,3 +235,22 @@ def train_law(
         finished = False
     losses = [{k: v for k, v in record.items() if k != "rows_per_s"} for record in worker.losses]
     return {"losses": losses, "snapshot": worker.snapshot, "finished": finished}
+
+
+def train_until_killed_between_stages(mapping: dict[str, Any], uri: str) -> None:
+    """A stored training whose process is killed once stage 1's checkpoint is committed, before stage 2 begins."""
+    from reid_dist.config import build_recipe
+    from reid_dist.methods import get
+    from reid_dist.runs import Run
+    from reid_dist.training.worker import make_worker, prepare
+
+    recipe = build_recipe(mapping, lambda name: get(name).Config)
+
+    def end_of_epoch(metrics: dict[str, Any]) -> None:
+        if (metrics["stage"], metrics["epoch"]) == (0, recipe.model.prompts.epochs):
+            assert worker.writer is not None
+            worker.writer.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    worker = make_worker(recipe, prepare(recipe), Run.attach(uri, 1), Hooks(report=end_of_epoch))
+    worker.train()

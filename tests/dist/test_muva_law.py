@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,20 @@ import torch
 
 from reid_dist.evaluation.ranking import Labels, Scoring, rank_features
 from reid_dist.methods.muva.masks import MaskRow, write_masks
-from tests.dist.muva_cells import encode_golden, golden_recipe, golden_view, law_view, train_golden, train_law
+from reid_dist.runs import Run
+from reid_dist.training.checkpoint import newest
+from tests.dist.cells import train_recipe
+from tests.dist.muva_cells import (
+    encode_golden,
+    golden_recipe,
+    golden_view,
+    law_view,
+    train_golden,
+    train_golden_skewed,
+    train_law,
+    train_until_killed_between_stages,
+)
+from tests.dist.test_methods_law import assert_same_losses, mapping_of, start_run
 from tests.golden import cases, load
 from tests.pool import Pool
 from tests.unit.muva_names import our_name, tensors
@@ -33,15 +48,33 @@ def store_golden_masks(root: Path, c: dict[str, Any]) -> None:
     write_masks(str(root), "golden", rows, grid, "golden vector")  # type: ignore[arg-type]
 
 
-LAYOUTS = [(1, 0, 1), (2, 1, 1)]
+# (workers, ZeRO stage, micro-batches, slices): the batches of the vectors are even, so two workers also take skewed slices.
+LAYOUTS = [(1, 0, 1, "even"), (2, 1, 1, "even"), (2, 1, 1, "skewed"), (2, 0, 1, "skewed")]
+CELLS = pytest.mark.parametrize(("world", "stage", "pieces", "slices"), LAYOUTS)
+MORE = pytest.mark.parametrize(
+    ("world", "stage", "pieces", "slices"), [*LAYOUTS, (2, 1, 3, "skewed"), (4, 2, 1, "even")]
+)
 
 
-@pytest.mark.parametrize(("world", "stage", "pieces"), LAYOUTS)
+def run_golden(
+    pool: Pool, case: Path, root: Path, kind: str, world: int, stage: int, pieces: int, slices: str
+) -> list[dict[str, Any]]:
+    """The ranks' results of a golden trainer case."""
+    train = train_golden_skewed if slices == "skewed" else train_golden
+    ranks = pool.run(train, world, case, str(root), kind, stage, pieces)
+    if slices == "skewed":
+        assert len(set(ranks[0]["rows"])) == world, "the slices were to differ"
+    return ranks
+
+
+@CELLS
 @cases("muva", "prompt_stage_training")
-def test_prompt_trainer(pool: Pool, tmp_path: Path, case: Path, world: int, stage: int, pieces: int) -> None:
+def test_prompt_trainer(
+    pool: Pool, tmp_path: Path, case: Path, world: int, stage: int, pieces: int, slices: str
+) -> None:
     c = load(case)
     store_golden_masks(tmp_path, c)
-    ranks = pool.run(train_golden, world, case, str(tmp_path), "prompt", stage, pieces)
+    ranks = run_golden(pool, case, tmp_path, "prompt", world, stage, pieces, slices)
     for result in ranks:
         close(result["state"]["centroids"], c["out_centroids"], 2e-3, 1e-4)
         losses = [record["contrast"] for record in result["losses"]]
@@ -52,13 +85,15 @@ def test_prompt_trainer(pool: Pool, tmp_path: Path, case: Path, world: int, stag
             close(ranks[0]["weights"][our_name(name)], value, 0, 0)
 
 
-@pytest.mark.parametrize(("world", "stage", "pieces"), [*LAYOUTS, (2, 1, 3), (4, 2, 1)])
+@MORE
 @cases("muva", "finetune_stage_training")
-def test_finetune_trainer(pool: Pool, tmp_path: Path, case: Path, world: int, stage: int, pieces: int) -> None:
-    """With batches of 3 or 4 rows, four workers (or three pieces of two workers' rows) include empty slices."""
+def test_finetune_trainer(
+    pool: Pool, tmp_path: Path, case: Path, world: int, stage: int, pieces: int, slices: str
+) -> None:
+    """Four workers on batches of three or four rows (or three pieces of two workers' rows) include empty slices."""
     c = load(case)
     store_golden_masks(tmp_path, c)
-    ranks = pool.run(train_golden, world, case, str(tmp_path), "finetune", stage, pieces)
+    ranks = run_golden(pool, case, tmp_path, "finetune", world, stage, pieces, slices)
     near = {"rtol": 5e-3, "atol": 1e-4}
     for result in ranks:
         close(result["state"]["text"], c["out_text_prototypes"], **near)
@@ -172,3 +207,26 @@ def test_a_stage_1_snapshot_seeds_stage_2(pool: Pool, law_root: str, alone: dict
     second = pool.run(train_law, 1, law_root, {}, {"stages": ("finetune",)}, fresh)[0]
     whole = [record for record in alone["losses"] if record["stage"] == 1]
     assert [r["loss"] for r in second["losses"]] == pytest.approx([r["loss"] for r in whole], rel=1e-6)
+
+
+def test_killed_between_the_stages(pool: Pool, tmp_path: Path) -> None:
+    """SIGKILL after stage 1's checkpoint; two workers at ZeRO-2 take it up from storage and give what one gives undisturbed."""
+    mapping = mapping_of("muva/tiny", tmp_path, str(tmp_path / "runs"), num_workers=1, zero_stage=1, log_every=1)
+    alone = pool.run(train_recipe, 1, mapping)[0]["losses"]
+    uri = start_run(mapping)
+    process = multiprocessing.get_context("spawn").Process(
+        target=train_until_killed_between_stages, args=(mapping, uri)
+    )
+    process.start()
+    process.join(200)
+    assert process.exitcode == -signal.SIGKILL
+    found = newest(Run.read(uri))
+    assert found is not None
+    boundary = sum(record["stage"] == 0 for record in alone)
+    assert (found.progress.stage, found.progress.stage_done, found.progress.step) == (0, True, boundary)
+    assert found.model["prompts.people"].all(), "the checkpoint says whose prompts it holds"
+    rest = pool.run(train_recipe, 2, {**mapping, "training": {**mapping["training"], "zero_stage": 2}}, uri)[0][
+        "losses"
+    ]
+    assert [record["step"] for record in rest] == list(range(boundary + 1, len(alone) + 1))
+    assert_same_losses([*alone[:boundary], *rest], alone)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from reid_dist.config import DataConfig
 from reid_dist.data.synthetic import world_for
 from reid_dist.errors import UserError
+from reid_dist.methods import muva
 from reid_dist.methods.muva.__main__ import main
 from reid_dist.methods.muva.boxes import band, boxes_to_patches, rasterise, usable
 from reid_dist.methods.muva.exact import exact_masks
@@ -229,3 +232,49 @@ def test_exact_masks_of_a_synthetic_world_and_the_command(tmp_path: Path) -> Non
     ):
         with pytest.raises(UserError, match="usage"):
             main(wrong)
+
+
+def test_the_command_imports_an_official_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A packed table, a pickle of its training images, the side table that a recipe then opens; a bad file is exit 2."""
+    from reid_dist.data.records import Record
+    from reid_dist.data.store import open_view
+    from tests.tables import jpeg, write_table
+
+    splits, pids = ["train", "train", "query", "gallery", "gallery", "gallery"], [1, 2, 3, 3, 0, -1]
+    records = [
+        Record(path=f"{split}/{n:04d}_c1.jpg", split=split, pid=pid, camid=0, domain="market-1501")
+        for n, (split, pid) in enumerate(zip(splits, pids, strict=True), 1)
+    ]
+    write_table(str(tmp_path), "market-1501", records, [jpeg(n) for n in range(6)], tmp_path / "raw")
+    masks = np.random.default_rng(3).random((2, 3, 128)) < 0.5
+    additive = np.where(masks, 0, -np.inf).astype(np.float32)
+    file = tmp_path / "masks.pkl"
+    file.write_bytes(pickle.dumps({"0001_c1.jpg": additive[0], "0002_c1.jpg": additive[1]}))
+    words = ["import-masks", str(file), "table=market-1501", "name=m", f"root={tmp_path}"]
+    assert main(words) == {"side_table": "m", "version": 1, "images": 2, "grid": [16, 8]}
+    data = DataConfig(root=str(tmp_path))
+    view = open_view(data, ("market-1501",), ("train",))
+    opened = open_masks(data, ["m"], view, GRID, ("head", "upper", "legs"))
+    where = [int(view.path(row)[6:10]) - 1 for row in range(2)]
+    np.testing.assert_array_equal(opened.visible(np.arange(2)), masks[where])
+    with pytest.raises(
+        UserError, match="2 images are not in it"
+    ):  # the query's and the gallery's, but nobody's are not asked
+        main([*words, "splits=[train,query,gallery]"])
+    with pytest.raises(UserError, match=r"splits=\['test'\]: name some of train"):
+        main([*words, "splits=[test]"])
+    marker = tmp_path / "ran"
+    for content in evil_pickles(marker):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"masks\.pkl"):
+            main([*words[:3], "name=evil", words[4]])
+    file.write_bytes(evil_pickles(marker)[0])
+    monkeypatch.setattr(sys, "argv", ["muva", *words[:3], "name=evil", words[4]])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(Path(muva.__file__).parent / "__main__.py"), run_name="__main__")
+    assert ended.value.code == 2
+    assert "masks.pkl is no plain mask file and was not read: it holds the name" in caplog.text
+    assert not marker.exists()
+    assert not (tmp_path / "tables" / "evil.side.lance").exists()

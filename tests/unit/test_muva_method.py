@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,21 @@ from reid_dist.config import DataConfig, OptimConfig, Recipe, RecipeError, Train
 from reid_dist.data.text import clip_tokenizer
 from reid_dist.errors import UserError
 from reid_dist.evaluation.domains import DOMAIN_SPLITS
+from reid_dist.methods import muva
 from reid_dist.methods.muva import METHOD, losses
 from reid_dist.methods.muva.config import Config, PromptStageConfig
 from reid_dist.methods.muva.figures import mask_iou
 from reid_dist.methods.muva.masks import MaskRow, write_masks
 from reid_dist.methods.muva.model import Muva
 from reid_dist.methods.muva.prompts import people_keys, prompt_templates
-from reid_dist.methods.muva.stages import FinetuneStage, PromptStage, check_people, parameter_groups
+from reid_dist.methods.muva.stages import FinetuneStage, PromptStage, parameter_groups
 from reid_dist.methods.spec import EvalSide, ModelFacts, PlanPart, TrainingData
 from reid_dist.models.clip import ClipTowers, resize_position_table
 from tests.dist.muva_cells import LAW_ARCH, PEOPLE, law_recipe, law_view
 from tests.unit.muva_names import ArrayView
 
 ROWS = 20
+RECIPES = Path(muva.__file__).parent / "recipes"
 
 
 def stages_for(root: Path, view: ArrayView | None = None, **model: Any) -> tuple[Any, ...]:
@@ -194,34 +197,89 @@ def test_a_part_token_sees_its_patches_alone() -> None:
     assert a.attention[0, 0, :2].min() > 0
 
 
+def learn(prompts: PromptStage, model: Muva) -> None:
+    """What the stage writes after its last step."""
+    model.prompts.sign(prompts.people, prompts.settings)
+
+
 def test_prompts_of_other_people_are_refused(tmp_path: Path) -> None:
-    _, finetune = stages_for(tmp_path)
+    prompts, finetune = stages_for(tmp_path)
     model = METHOD.build(finetune.config, ModelFacts(num_classes=PEOPLE))
     assert isinstance(model, Muva)
     with pytest.raises(UserError, match=r"hold no learnt prompts .*init=run:URI"):
         finetune.begin_stage(model, None)
-    (prompts, _) = stages_for(tmp_path)
-    prompts.begin_stage(model, None)
+    learn(prompts, model)
     finetune.begin_stage(model, None)  # the same people
     other = ArrayView([i.transpose(2, 0, 1) for i in law_view().images(np.arange(ROWS))], law_view().pid + 1)
     _, elsewhere = stages_for(tmp_path, other)
     with pytest.raises(UserError, match="another label map: 5 of 5 labels"):
         elsewhere.begin_stage(model, None)
+    painted = ArrayView([255 - i.transpose(2, 0, 1) for i in law_view().images(np.arange(ROWS))], law_view().pid)
+    _, lookalike = stages_for(tmp_path, painted)
+    with pytest.raises(UserError, match="5 of 5 labels stand for other people or other images"):
+        lookalike.begin_stage(model, None)  # numbers and domain agree
+    few = ArrayView([i.transpose(2, 0, 1) for i in law_view().images(np.arange(16))], law_view().pid[:16])
+    _, fewer = stages_for(tmp_path, few)
     with pytest.raises(UserError, match="another label map: 4 of 4"):
-        check_people(torch.ones(5, dtype=torch.int64), torch.ones(4, dtype=torch.int64))
+        fewer.begin_stage(model, None)
     _, free = stages_for(tmp_path, other, weight_i2t=0.0)
     free.begin_stage(model, None)  # no prompts, nothing to check
 
 
-def test_a_class_without_images_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("prompt_words", 3), ("template", "part-agnostic"), ("domain_text", "at night"), ("parts", ("head",))],
+)
+def test_prompts_learnt_otherwise_are_refused(tmp_path: Path, key: str, value: Any) -> None:
+    """A seed's tensors of another shape are not loaded, so its settings must be compared."""
+    prompts, _ = stages_for(tmp_path)
+    model = METHOD.build(prompts.config, ModelFacts(num_classes=PEOPLE))
+    assert isinstance(model, Muva)
+    learn(prompts, model)
+    _, finetune = stages_for(tmp_path, **{key: value})
+    with pytest.raises(UserError, match=rf"learnt with another value of model\.{key}: use"):
+        finetune.begin_stage(model, None)
+
+
+def test_prompts_are_signed_by_the_last_step_of_their_stage(tmp_path: Path) -> None:
+    prompts, finetune = stages_for(tmp_path)
+    model = METHOD.build(prompts.config, ModelFacts(num_classes=PEOPLE))
+    assert isinstance(model, Muva)
+    steps = [prompts.plan().steps(epoch) for epoch in range(prompts.epochs)]
+    assert min(steps) > 1
+    for step in range(sum(steps)):
+        with pytest.raises(UserError, match="reached its end"):
+            finetune.begin_stage(model, None)
+        epoch = int(np.searchsorted(np.cumsum(steps), step, side="right"))
+        prompts.after_step(model, {}, {}, SimpleNamespace(epoch=epoch, step=step))
+    finetune.begin_stage(model, None)
+
+
+def test_a_class_without_images_is_refused(tmp_path: Path) -> None:
     label = np.array([0, 0, 2])
     with pytest.raises(UserError, match=r"classes without images: \[1\]"):
-        people_keys(np.array(["d", "d", "d"]), np.array([5, 5, 7]), label)
+        people_keys(np.array(["d", "d", "d"]), np.array([5, 5, 7]), label, ["1", "2", "3"])
     with pytest.raises(ValueError, match=r"classes without rows: \[1\]"):
         losses.class_centroids(torch.ones(3, 2), torch.from_numpy(label))
-    a = people_keys(np.array(["d", "d"]), np.array([5, 7]), np.array([0, 1]))
-    b = people_keys(np.array(["e", "e"]), np.array([5, 7]), np.array([0, 1]))
-    assert len({*a.tolist(), *b.tolist()}) == 4  # the same numbers in another domain are other people
+    with pytest.raises(ValueError, match="classes without rows: all"):
+        losses.class_centroids(torch.ones(0, 2), torch.zeros(0, dtype=torch.int64))
+    view = law_view()
+    view.label = np.where(view.label == 1, 7, view.label)
+    with pytest.raises(UserError, match=r"classes without images: \[1, 5, 6\]; labels must run from 0"):
+        stages_for(tmp_path, view)
+
+
+def test_people_are_known_by_domain_number_and_images() -> None:
+    pid, label = np.array([5, 7, 7]), np.array([0, 1, 1])
+
+    def keys(domain: str, *digests: str) -> list[int]:
+        return people_keys(np.array([domain] * 3), pid, label, digests).tolist()  # type: ignore[no-any-return]
+
+    usual = keys("d", "x", "y", "z")
+    assert keys("d", "x", "z", "y") == usual  # the order of images says nothing
+    assert len({*usual, *keys("e", "x", "y", "z")}) == 4  # the same numbers in another domain are other people
+    assert [a == b for a, b in zip(usual, keys("d", "x", "y", "w"), strict=True)] == [True, False]
+    assert people_keys(np.array(["d"]), np.array([6]), np.array([0]), ["x"]).tolist() != usual[:1]
 
 
 @pytest.mark.parametrize(
@@ -255,11 +313,14 @@ def test_models_that_cannot_be_built_are_refused() -> None:
 
 def test_recipes_cover_the_published_protocols() -> None:
     loaded = {name.split("/")[1]: methods.load_recipe(name) for name in methods.recipes("muva")}
-    made = {(recipe.data.train, recipe.data.test, recipe.data.train_splits) for recipe in loaded.values()}
+    made = {
+        (recipe.data.train, recipe.data.test, recipe.data.train_splits, recipe.evaluation.protocol or METHOD.protocol)
+        for recipe in loaded.values()
+    }
     for split in DOMAIN_SPLITS.values():
         if split.name.split("/")[0] in ("ss", "loo4-train", "small4"):
             splits = ("train",) if split.images == "train" else ("train", "query", "gallery")
-            assert (split.sources, (split.target,), splits) in made, split.name
+            assert (split.sources, (split.target,), splits, split.protocol) in made, split.name
     for name, recipe in loaded.items():
         assert isinstance(recipe.model, Config), name
         assert not set(recipe.data.train) & set(recipe.data.test) or name == "tiny"
@@ -268,6 +329,13 @@ def test_recipes_cover_the_published_protocols() -> None:
             assert recipe.model.mask_heads == (8 if recipe.data.train == ("msmt17",) else 2)
             assert recipe.training.select_on == "none"
             assert recipe.model.masks == tuple(f"{table}-masks" for table in recipe.data.train)
+        if name not in ("tiny", "synthetic"):
+            text = " ".join((RECIPES / f"{name}.yaml").read_text().replace("\n# ", " ").split())
+            single = recipe.data.train in (("market-1501",), ("msmt17",))
+            said = ("published for", "published settings for", "whose settings the authors published")
+            no_value = "published no settings for this source", "published no configuration"
+            assert any(phrase in text for phrase in (said if single else no_value)), name
+            assert single or "our choice" in text, name
     with pytest.raises(RecipeError, match="memory_momentum"):
         methods.load_recipe("muva/market1501_to_msmt17", ["model.memory_momentums=0.3"])
 

@@ -7,7 +7,8 @@
                          the side tables synthetic-a-masks and synthetic-b-masks; name= and root= are not needed
 
 Keys of both: name= the side table to write, root= the folder or prefix with tables/; image_size=[256,128], patch=16,
-stride=16 give the grid. The record is the last line of stdout; exit 2 for bad input.
+stride=16 give the grid; splits=[train] whose images (a recipe with data.train_splits needs masks of them all). The
+record is the last line of stdout; exit 2 for bad input.
 """
 
 from __future__ import annotations
@@ -15,25 +16,29 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from reid_dist.config import DataConfig, parse_yaml
 from reid_dist.errors import UserError
 
 USAGE = (
-    "usage: python -m reid_dist.methods.muva import-masks FILE table=NAME name=NAME root=URI [image_size=[256,128]], or "
-    "draw-masks LAYOUT name=NAME root=URI [image_size=[64,32] patch=8 stride=8] [world options], or draw-pair FOLDER"
+    "usage: python -m reid_dist.methods.muva import-masks FILE table=NAME name=NAME root=URI [splits=[train]] "
+    "[image_size=[256,128]], or draw-masks LAYOUT name=NAME root=URI [image_size=[64,32] patch=8 stride=8] [world options], "
+    "or draw-pair FOLDER"
 )
 LAYOUT = "market-1501"  # of the synthetic pair
+SPLITS = ("train", "val", "query", "gallery")
 SHAPE = {"image_size": [256, 128], "stride": 16, "patch": 16}
 
 logger = logging.getLogger("reid_dist.methods.muva")
 
 
 def import_masks(
-    path: str, table: str, name: str, root: str, grid: tuple[int, int], splits: tuple[str, ...] = ("train",)
+    path: str, table: str, name: str, root: str, grid: tuple[int, int], splits: Sequence[str] = ("train",)
 ) -> dict[str, Any]:
-    """Convert an official mask file for the images of some splits of a table; returns the record. Raises UserError."""
+    """Convert an official mask file for the people's images of some splits of a table; returns the record. Raises UserError."""
+    from reid_dist.data.leaks import only_people
     from reid_dist.data.store import open_view
     from reid_dist.methods.muva.mask_pickle import masks_of_pickle
     from reid_dist.methods.muva.masks import write_masks
@@ -41,18 +46,20 @@ def import_masks(
 
     folder, _, file = path.rpartition("/")
     content = open_store(folder or ".").read(file)
-    view = open_view(DataConfig(root=root), (table,), splits)
+    view = only_people(open_view(DataConfig(root=root), (table,), tuple(splits)))
     version = write_masks(root, name, masks_of_pickle(content, path, view, grid), grid, f"official file {file}")
     return {"side_table": name, "version": version, "images": len(view), "grid": list(grid)}
 
 
-def draw_masks(layout: str, name: str, root: str, grid: tuple[int, int], **world: Any) -> dict[str, Any]:
-    """Write the exact masks of a synthetic world's training images; returns the record. Raises UserError."""
+def draw_masks(
+    layout: str, name: str, root: str, grid: tuple[int, int], splits: Sequence[str] = ("train",), **world: Any
+) -> dict[str, Any]:
+    """Write the exact masks of the images of some splits of a synthetic world; returns the record. Raises UserError."""
     from reid_dist.data.synthetic import world_for
     from reid_dist.methods.muva.exact import exact_masks
     from reid_dist.methods.muva.masks import write_masks
 
-    rows = list(exact_masks(world_for(layout, **world), layout, grid))
+    rows = list(exact_masks(world_for(layout, **world), layout, grid, splits))
     version = write_masks(root, name, rows, grid, "exact, from the synthetic renderer")
     return {"side_table": name, "version": version, "images": len(rows), "grid": list(grid)}
 
@@ -92,11 +99,14 @@ def main(argv: list[str]) -> dict[str, Any]:
     if not all(isinstance(number, int) and number > 0 for number in numbers) or min(size) < patch:
         raise UserError(f"image_size={size}, patch={patch}, stride={stride}: no grid of patches. {USAGE}")
     rows, columns = ((number - patch) // stride + 1 for number in size)
+    splits = options.pop("splits", ["train"])
+    if not isinstance(splits, list) or not splits or set(splits) - set(SPLITS):
+        raise UserError(f"splits={splits}: name some of {', '.join(SPLITS)}. {USAGE}")
     if words[0] == "draw-masks":
-        return draw_masks(words[1], name, root, (rows, columns), **options)
+        return draw_masks(words[1], name, root, (rows, columns), splits, **options)
     if set(options) != {"table"}:
         raise UserError(f"import-masks takes table=, got {', '.join(sorted(options)) or 'none'}. {USAGE}")
-    return import_masks(words[1], str(options["table"]), name, root, (rows, columns))
+    return import_masks(words[1], str(options["table"]), name, root, (rows, columns), splits)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,12 +18,15 @@ from torch import nn
 
 from reid_dist.config import Recipe
 from reid_dist.data.store import TableView, open_view
+from reid_dist.errors import UserError
 from reid_dist.methods.muva.config import Config
 from reid_dist.methods.muva.images import transform_of
 from reid_dist.methods.muva.masks import PartMasks, open_masks
 from reid_dist.methods.muva.model import Muva
 from reid_dist.methods.spec import EvalSide, device_of
 
+logger = logging.getLogger(__name__)
+TITLE = "Part masks and attention of the part tokens"
 SHOWN, SAMPLE, SCALE = 6, 256, 2  # images drawn, images counted, pixels per pixel in the page
 COLOURS = np.array([[230, 60, 60], [60, 180, 75], [60, 100, 230]], dtype=np.float32)  # head, upper body, legs
 
@@ -48,6 +52,7 @@ def predict(model: Muva, image: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _training(recipe: Recipe, grid: tuple[int, int]) -> tuple[TableView, PartMasks]:
+    """Training images and their masks. Raises UserError where they are not at hand."""
     config: Config = recipe.model
     view = open_view(recipe.data, recipe.data.train, ("train",))  # a sample, whatever data.train_splits adds
     return view, open_masks(recipe.data, config.masks, view, grid, config.parts)
@@ -61,12 +66,21 @@ def part_masks(
     model: nn.Module, recipe: Recipe, view: TableView, sides: Mapping[str, EvalSide]
 ) -> dict[str, Any] | None:
     """A strip per image: the image, its pseudo masks, the last layer's masks, and each part token's attention. None without
-    parts. Raises UserError when the training tables or their masks are not there."""
+    parts. A target can be scored where the training images are not: the section then says so in place of the strips."""
     assert isinstance(model, Muva)
     config: Config = recipe.model
     if not config.parts:
         return None
-    train, masks = _training(recipe, model.grid)
+    try:
+        train, masks = _training(recipe, model.grid)
+    except UserError as error:
+        logger.warning("no pictures of part masks: %s", error)
+        return {
+            "kind": "images",
+            "title": TITLE,
+            "text": f"Not drawn, because training images are needed: {error}.",
+            "data": [],
+        }
     rows = _spread(len(train), SHOWN)
     images = train.images(rows)
     predicted, attention = predict(model, transform_of(config, train=False).apply_all(images))
@@ -81,7 +95,7 @@ def part_masks(
         strips.append({"label": train.path(int(rows[number])), "pictures": pictures})
     return {
         "kind": "images",
-        "title": "Part masks and attention of the part tokens",
+        "title": TITLE,
         "text": "Training images. Red: head, green: upper body, blue: legs. Attention: last layer, from each part token to the "
         "patches, mean over heads; a part token sees the patches of its predicted mask alone.",
         "data": strips,
@@ -91,12 +105,16 @@ def part_masks(
 def mask_quality(
     model: nn.Module, recipe: Recipe, view: TableView, sides: Mapping[str, EvalSide]
 ) -> dict[str, Any] | None:
-    """Table of IoU between predicted and pseudo masks over up to SAMPLE training images. None without parts."""
+    """Table of IoU between predicted and pseudo masks over up to SAMPLE training images. None without parts or images."""
     assert isinstance(model, Muva)
     config: Config = recipe.model
     if not config.parts:
         return None
-    train, masks = _training(recipe, model.grid)
+    try:
+        train, masks = _training(recipe, model.grid)
+    except UserError as error:
+        logger.warning("no table of part masks: %s", error)
+        return None
     rows = _spread(len(train), SAMPLE)
     transform = transform_of(config, train=False)
     parts = [predict(model, transform.apply_all(train.images(p)))[0] for p in np.array_split(rows, -(-len(rows) // 32))]

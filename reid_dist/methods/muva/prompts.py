@@ -17,10 +17,14 @@ from torch import Tensor, nn
 
 from reid_dist.data.text import ClipTokenizer
 from reid_dist.errors import UserError
-from reid_dist.methods.muva.config import PARTS
+from reid_dist.methods.muva.config import PARTS, Config
 
 PREFIX = "A photo of a"
 WORDS = {"": "person", "head": "head of a person", "upper": "upper body of a person", "legs": "legs of a person"}
+
+PROMPT_SETTINGS = (  # a stage 2 must share them with the stage 1 that it starts from
+    "arch", "image_size", "stride", "parts", "part_tokens", "template", "prompt_words", "domain_text",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,16 +69,23 @@ def prompt_templates(
 
 
 class IdentityPrompts(nn.Module):
-    """The learnable words of every identity, and whose they are."""
+    """The learnable words of every identity, whose they are, and under which settings they were learnt."""
 
     people: Tensor
+    settings: Tensor
 
     def __init__(self, classes: int, grains: int, words: int, width: int) -> None:
         super().__init__()
         self.context = nn.Parameter(torch.empty(classes, grains, words, width))
         nn.init.normal_(self.context, std=0.002)
-        # Keys of the identities in label order (people_keys); zeros: these prompts were never learnt.
+        # Keys in label order (people_keys) and of the settings (settings_keys). Zeros: stage 1 has not reached its end.
         self.register_buffer("people", torch.zeros(classes, dtype=torch.int64))
+        self.register_buffer("settings", torch.zeros(len(PROMPT_SETTINGS), dtype=torch.int64))
+
+    def sign(self, people: Tensor, settings: Tensor) -> None:
+        """Say that these prompts are learnt: for whom (people_keys) and how (settings_keys)."""
+        self.people.copy_(people)
+        self.settings.copy_(settings)
 
     def forward(self, labels: Tensor, template: Tensor, start: int) -> Tensor:
         """labels int64 [n], embedded template [1 + R, T, width] -> prompts [n, 1 + R, T, width]."""
@@ -83,16 +94,56 @@ class IdentityPrompts(nn.Module):
         return torch.cat([fixed[:, :, :start], own, fixed[:, :, start + own.shape[2] :]], dim=2)
 
 
-def people_keys(domain: Sequence[str] | np.ndarray, pid: np.ndarray, label: np.ndarray) -> Tensor:
-    """int64 [N]: a key of the person (domain, pid) behind each label 0 ... N-1, never zero. Rows of images come in.
+def people_keys(
+    domain: Sequence[str] | np.ndarray, pid: np.ndarray, label: np.ndarray, digests: Sequence[str]
+) -> Tensor:
+    """int64 [N]: a key of the person behind each label 0 ... N-1, never zero. Rows of images come in.
 
+    A person is (domain, pid) with exactly these images: numbers alone would take two sets of one layout for each other.
     Raises UserError when a label has no image.
     """
     labels, first = np.unique(label, return_index=True)
     if not np.array_equal(labels, np.arange(len(labels))):
-        absent = sorted(set(range(int(labels.max()) + 1)) - set(labels.tolist())) if len(labels) else []
+        absent = sorted(set(range(int(labels.max()) + 1)) - set(labels.tolist()))
         raise UserError(f"classes without images: {absent[:5]}; labels must run from 0 without a gap")
-    names = [f"{domain[row]}/{int(pid[row])}".encode() for row in first]
-    digests = [hashlib.blake2b(name, digest_size=8).digest() for name in names]
-    keys = [int.from_bytes(digest, "little", signed=True) or 1 for digest in digests]
-    return torch.tensor(keys, dtype=torch.int64)
+    images: list[list[str]] = [[] for _ in labels]
+    for place, digest in zip(label.tolist(), digests, strict=True):
+        images[place].append(digest)
+    return _keys(f"{domain[row]}/{int(pid[row])}/{' '.join(sorted(images[n]))}" for n, row in enumerate(first))
+
+
+def settings_keys(config: Config) -> Tensor:
+    """int64 [len(PROMPT_SETTINGS)]: a key of each setting on which learnt prompts depend, never zero."""
+    return _keys(repr(getattr(config, name)) for name in PROMPT_SETTINGS)
+
+
+def _keys(texts: Iterable[str]) -> Tensor:
+    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) or 1 for digest in digests], dtype=torch.int64)
+
+
+def check_prompts(learnt: IdentityPrompts, people: Tensor, settings: Tensor) -> None:
+    """Refuse prompts that were not learnt to the end, for other people, or otherwise. Raises UserError.
+
+    The keys of the people must agree in label order: prompts are valid with the same label map alone (methods/muva.md section
+    8, trap 11).
+    """
+    theirs, how = learnt.people.cpu(), learnt.settings.cpu()
+    if not bool(theirs.any()):
+        raise UserError(
+            "these weights hold no learnt prompts for the training identities: run stage 1 too (model.stages=[prompts, "
+            "finetune]), start from a stage-1 run of the same tables that reached its end (init=run:URI), or train without "
+            "prompts (model.weight_i2t=0)"
+        )
+    if not torch.equal(theirs, people):
+        wrong = int((theirs != people).sum()) if theirs.shape == people.shape else len(people)
+        raise UserError(
+            f"the prompts were learnt with another label map: {wrong} of {len(people)} labels stand for other people or other "
+            "images of them; start from a stage-1 run on the same tables"
+        )
+    other = [name for name, ours, made in zip(PROMPT_SETTINGS, settings, how, strict=True) if ours != made]
+    if other:
+        raise UserError(
+            f"the prompts were learnt with another value of {', '.join(f'model.{name}' for name in other)}: use that run's "
+            "value, or run stage 1 again"
+        )

@@ -14,7 +14,7 @@ from gathered rows).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,18 +23,14 @@ from torch import Tensor, nn
 from reid_dist.config import OptimConfig, Recipe, ScheduleConfig
 from reid_dist.data.draws import row_rng
 from reid_dist.data.samplers import EpochPlan, IdentityPlan
-from reid_dist.errors import UserError
 from reid_dist.methods.muva import losses as terms
 from reid_dist.methods.muva.config import Config
 from reid_dist.methods.muva.images import flips, grounded_batch, transform_of
 from reid_dist.methods.muva.masks import PartMasks, open_masks
 from reid_dist.methods.muva.model import Muva
-from reid_dist.methods.muva.prompts import people_keys
+from reid_dist.methods.muva.prompts import check_prompts, people_keys, settings_keys
 from reid_dist.methods.muva.schedule import finetune_lr, prompt_lr
 from reid_dist.methods.spec import Batch, Context, Outputs, ParamGroup, PlanPart, Stage, Terms, TrainingData
-
-if TYPE_CHECKING:
-    pass
 
 
 def parameter_groups(
@@ -64,7 +60,9 @@ class _MuvaStage(Stage):
     def __init__(self, recipe: Recipe, data: TrainingData, masks: PartMasks | None, grid: tuple[int, int]) -> None:
         self.recipe, self.config, self.view, self.masks, self.grid = recipe, _config(recipe), data.train, masks, grid
         self.label = np.asarray(self.view.label)
-        self.people = people_keys(self.view.domain_name, self.view.pid, self.label)
+        digests = self.view.digests(np.arange(len(self.view)))
+        self.people = people_keys(self.view.domain_name, self.view.pid, self.label, digests)
+        self.settings = settings_keys(self.config)
         self._plan: EpochPlan = IdentityPlan(
             self.label, recipe.training.global_batch, self.config.instances, recipe.seed, stream=f"muva-{self.name}"
         )
@@ -134,11 +132,6 @@ class PromptStage(_MuvaStage):
     def rate(self, base_lr: float, t: int, total: int) -> float:
         return prompt_lr(base_lr, t + 1, total, self.schedule())
 
-    def begin_stage(self, model: nn.Module, ctx: Context) -> None:
-        """Write down whose prompts these are; it goes into the checkpoint with them."""
-        assert isinstance(model, Muva)
-        model.prompts.people.copy_(self.people)
-
     def begin_epoch(self, model: nn.Module, ctx: Context) -> None:
         if self.centroids is None:
             self.centroids = self._prototypes(model, ctx, neck=False)
@@ -154,6 +147,16 @@ class PromptStage(_MuvaStage):
         logits = terms.prototype_logits(text, self.centroids, temperature, normalise=False)
         total = len(ctx.gather(batch["label"]))
         return terms.shares({"contrast": (1.0, terms.smoothed_ce(logits, batch["label"], 0.0))}, total, ctx.world_size)
+
+    def after_step(self, model: nn.Module, out: Outputs, batch: Batch, ctx: Context) -> None:
+        """After the last step, write into the model whose prompts these are: half-learnt ones seed no stage 2."""
+        assert isinstance(model, Muva)
+        if ctx.epoch + 1 == self.epochs and ctx.step + 1 == self._steps:  # this is always a run's first stage
+            model.prompts.sign(self.people, self.settings)
+
+    @cached_property
+    def _steps(self) -> int:
+        return sum(self._plan.steps(epoch) for epoch in range(self.epochs))
 
     def state(self) -> dict[str, Tensor]:
         return {} if self.centroids is None else {"centroids": self.centroids}
@@ -196,10 +199,10 @@ class FinetuneStage(_MuvaStage):
         return finetune_lr(base_lr, t + 1, self.schedule()) if self.schedule().mode == "step" else None
 
     def begin_stage(self, model: nn.Module, ctx: Context) -> None:
-        """Refuse prompts that were never learnt, or learnt for other people. Raises UserError."""
+        """Refuse prompts that were never learnt, or learnt for other people or otherwise. Raises UserError."""
         assert isinstance(model, Muva)
         if self.config.weight_i2t:
-            check_people(model.prompts.people, self.people)
+            check_prompts(model.prompts, self.people, self.settings)
 
     def begin_epoch(self, model: nn.Module, ctx: Context) -> None:
         assert isinstance(model, Muva)
@@ -259,23 +262,6 @@ class FinetuneStage(_MuvaStage):
 def _encode_text(model: nn.Module, batch: Batch) -> Outputs:
     assert isinstance(model, Muva)
     return {"text": model.text_features(batch["label"])}
-
-
-def check_people(learnt: Tensor, here: Tensor) -> None:
-    """Refuse prompts of other people: the same keys in the same label order are needed. Raises UserError."""
-    learnt = learnt.cpu()
-    if not bool(learnt.any()):
-        raise UserError(
-            "these weights hold no learnt prompts for the training identities: run stage 1 too (model.stages=[prompts, "
-            "finetune]), start from a stage-1 run of the same tables (init=run:URI), or train without prompts "
-            "(model.weight_i2t=0)"
-        )
-    if not torch.equal(learnt, here):
-        wrong = int((learnt != here).sum()) if learnt.shape == here.shape else len(here)
-        raise UserError(
-            f"the prompts were learnt with another label map: {wrong} of {len(here)} labels stand for other people; start "
-            "from a stage-1 run on the same tables"
-        )
 
 
 def stages_of(recipe: Recipe, data: TrainingData, grid: tuple[int, int]) -> list[Stage]:
