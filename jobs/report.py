@@ -49,7 +49,9 @@ def report(uri: str, out: str | None = None, root: str | None = None) -> dict[st
     return {"run": run.uri, "report": place, "evaluations": len(evaluations)}
 
 
-def page_input(card: dict[str, Any], metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]], root: str | None) -> Any:
+def page_input(
+    card: dict[str, Any], metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]], root: str | None
+) -> Any:
     """The page's content from stored pieces."""
     import yaml
 
@@ -154,7 +156,9 @@ def _provenance(card: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
     return {
         "run": card["uri"],
         "identity": card["identity"],
-        "data": "; ".join(f"{name}: {facts['rows']} rows, content {facts['content'][:12]}" for name, facts in tables.items()),
+        "data": "; ".join(
+            f"{name}: {facts['rows']} rows, content {facts['content'][:12]}" for name, facts in tables.items()
+        ),
         "code": f"{card['code']['digest'][:12]} (commit {card['code']['commit'] or 'unknown'})",
         "seed": str(card["recipe"]["seed"]),
         "started": datetime.fromtimestamp(card["created"], UTC).strftime("%Y-%m-%d %H:%M UTC"),

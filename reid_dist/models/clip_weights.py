@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from reid_dist.errors import UserError
 from reid_dist.models.clip import ClipTowers, resize_position_table, resize_text_positions
+from reid_dist.models.published import read_published
 
 logger = logging.getLogger(__name__)
 
@@ -96,35 +95,6 @@ def load_clip(towers: ClipTowers, source: str) -> None:
 
         state = open_clip.create_model(OPEN_CLIP_MODEL, pretrained=source).state_dict()
     else:
-        state = read_state(source)
+        state = read_published(source)
     towers.load_state_dict(fit(towers, state))
     logger.info("CLIP weights loaded from %s", source)
-
-
-def read_state(uri: str) -> dict[str, Tensor]:
-    """Tensors of a checkpoint file (local or s3://): .safetensors, or a torch file with tensors and plain containers.
-
-    One level of {"model": ...} or {"state_dict": ...} and a "module." prefix are taken off. Raises UserError.
-    """
-    from reid_dist.storage import cached_file
-
-    path = cached_file(uri)
-    if uri.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{uri}: not a file of plain tensors ({reason[:120]}); convert it to safetensors "
-            f"(TorchScript and pickled code are refused)"
-        ) from None
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
-    if not tensors:
-        raise UserError(f"{uri}: holds no named tensors")
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}

@@ -11,13 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from reid_dist.errors import UserError
 from reid_dist.models.batchnorm import BatchNorm2d
+from reid_dist.models.published import read_published
 
 logger = logging.getLogger(__name__)
 
@@ -134,16 +133,10 @@ def read_imagenet(source: str) -> dict[str, Tensor]:
                 'resnet50-0676ba61.pth, or model.weights="" to start from random weights'
             ) from None
         return state
-    from reid_dist.storage import cached_file
-
-    try:
-        content: Any = torch.load(cached_file(source), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file fails in many ways, all the user's to mend
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model.weights={source}: not a torch file of plain tensors ({reason[:120]})") from None
-    if not isinstance(content, dict) or "conv1.weight" not in content:
+    state = read_published(source)
+    if "conv1.weight" not in state:
         raise UserError(f"model.weights={source}: holds no resnet50 (no tensor conv1.weight)")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    return state
 
 
 def load_stem_and_trunk(stems: Iterable[nn.Module], trunk: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -7,15 +7,14 @@ authors, through the method's key map. Weights are read without executing anythi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 
 from reid_dist.config import Recipe
 from reid_dist.errors import UserError
 from reid_dist.methods.spec import MethodSpec
+from reid_dist.models.published import read_published
 
 logger = logging.getLogger(__name__)
 
@@ -57,34 +56,3 @@ def _from_authors(path: str, spec: MethodSpec, model: nn.Module) -> None:
         raise UserError(f"init=authors:{path}: method {spec.name} has no importer for its authors' checkpoints")
     weights = spec.import_weights(model, read_published(path))
     model.load_state_dict(dict(weights), strict=False)
-
-
-def read_published(path: str) -> Mapping[str, Tensor]:
-    """Tensors of a published checkpoint (.pth, .pt, .safetensors; local or s3://), flattened out of the usual wrappers.
-
-    Raises UserError when it cannot be read without executing code.
-    """
-    import pickle
-
-    import torch
-    from safetensors.torch import load_file
-
-    from reid_dist.storage import cached_file
-
-    local = cached_file(path) if "://" in path else path
-    if not Path(local).is_file():
-        raise UserError(f"checkpoint {path} does not exist")
-    if local.endswith(".safetensors"):
-        return load_file(local)
-    try:
-        content: Any = torch.load(local, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"checkpoint {path} holds more than tensors and is not loaded: {str(error).splitlines()[0]}"
-        ) from None
-    for key in ("state_dict", "model", "net"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"checkpoint {path}: expected named tensors, found {type(content).__name__}")
-    return {str(name).removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}

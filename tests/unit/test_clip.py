@@ -20,7 +20,8 @@ from reid_dist.models.clip import (
     resize_text_positions,
     take_token,
 )
-from reid_dist.models.clip_weights import fit, load_clip, our_name, read_state
+from reid_dist.models.clip_weights import fit, load_clip, our_name
+from reid_dist.models.published import read_published
 from tests.golden import cases, load
 from tests.unit.comoe_names import fill, ours, tensors
 
@@ -162,7 +163,7 @@ def test_weights_are_fitted_to_another_geometry(tmp_path: Path) -> None:
         load_clip(target, str(path))
     torch.save(torch.nn.Linear(2, 2), path)  # a pickled object, not tensors
     with pytest.raises(UserError, match="not a file of plain tensors"):
-        read_state(str(path))
+        read_published(str(path))
 
 
 def vars_of(arch: ClipArchitecture) -> dict:
