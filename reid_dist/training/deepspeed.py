@@ -76,6 +76,9 @@ def ensure_process_group() -> None:
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # ZeRO's stages import the Muon optimizer, whose functions are decorated with torch.compile: loading the compiler costs each
+    # worker 5 s of CPU, for an optimizer that no recipe can name.
+    deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     # DeepSpeed would compile a shared-memory collective at start (10 s, needs a compiler) whose static state then survives
     # the process group: after a change of world size it sums wrongly. Plain gloo is exact.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -122,6 +122,23 @@ def start_run(mapping: dict[str, Any]) -> str:
     return Run.open(recipe.uri, identity_of(recipe, open_data(recipe).train.versions), recipe).uri
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_memory_savers_change_nothing(pool: Pool, references: dict[str, Any], tables: Path, name: str) -> None:
+    """Recomputed activations, and micro-batches where every stage is row-wise (elsewhere they are refused)."""
+    alone = reference(pool, references, name, tables)
+    saved = pool.run(
+        train_recipe, 2, mapping_of(name, tables, num_workers=2, zero_stage=1, activation_checkpointing=True)
+    )
+    cut = mapping_of(name, tables, num_workers=2, zero_stage=1, micro_batches=3)
+    steps = horizon(cut)
+    assert_same_losses(saved[0]["losses"], alone["losses"], steps)
+    if steps is None:
+        assert_same_losses(pool.run(train_recipe, 2, cut)[0]["losses"], alone["losses"])
+    else:
+        with pytest.raises(AssertionError, match="batch norm"):
+            pool.run(train_recipe, 2, cut)
+
+
 def stages_of(mapping: dict[str, Any]) -> list[Any]:
     from reid_dist.config import build_recipe
     from reid_dist.training.worker import open_data

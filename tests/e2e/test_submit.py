@@ -54,9 +54,43 @@ def test_pack_train_evaluate_extract_report_runs(cluster: Head, place: Path) -> 
         cluster.submit("jobs.extract", run, "packed", f"out={place}/features.npz", "split=test"), "extract"
     )
     assert features["rows"] == 12
+    images = f"{place}/raw-synthetic-cuhk-pedes/imgs"
+    loose = succeeded(cluster.submit("jobs.extract", run, images, f"out={place}/loose.npz"), "extract")
+    assert loose["rows"] == 44
     page = succeeded(cluster.submit("jobs.report", run), "report")
     text = Path(str(page["report"])).read_text()
     assert "untrained" in text
     assert "Expert usage" in text
     listed = succeeded(cluster.submit("jobs.runs", "ls", f"runs={place}/runs", f"root={place}"), "runs")
     assert "submitted" in json.dumps(listed)
+
+
+def test_demo(cluster: Head, place: Path) -> None:
+    words = [f"folder={place}/demo", "training.max_steps=12", "training.epochs=1"]
+    record = succeeded(cluster.submit("jobs.demo", *words, timeout=500), "demo")
+    wanted = {
+        "rank1",
+        "rank5",
+        "rank10",
+        "mAP",
+        "mINP",
+        "chance_mAP",
+        "num_workers",
+        "zero_stage",
+        "steps",
+        "seconds",
+        "report",
+    }
+    assert wanted <= record.keys()
+    assert (record["steps"], record["num_workers"], record["zero_stage"]) == (12, 2, 1)
+
+
+def test_wrong_input_is_exit_2_in_the_log_and_a_wrong_token_gets_nothing(cluster: Head) -> None:
+    result = cluster.submit("jobs.train", "comoe/tiny", "training.num_worker=2")
+    assert result.returncode == 1  # ray's own exit code for any failure
+    assert "did you mean 'num_workers'?" in result.stdout
+    assert '"exit_code": 2' in result.stdout
+    stranger = Head(cluster.dashboard, {**cluster.environment, "RAY_AUTH_TOKEN": "0" * 64, "RAY_AUTH_TOKEN_PATH": ""})
+    refused = stranger.submit("jobs.train", "--list")
+    assert refused.returncode != 0
+    assert "token" in (refused.stdout + refused.stderr).lower()
