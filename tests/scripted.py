@@ -37,4 +37,7 @@ class ScriptedEngine:
         return None
 
     async def close(self) -> None:
+        self.drop()
+
+    def drop(self) -> None:
         self.closed += 1

@@ -31,8 +31,25 @@ Reader = Callable[[str], Any]  # text -> value, None when it is not acceptable
 class Dialogues(Protocol):
     """What a family of models can be asked. Every method raises BadInput when a row cannot be asked about."""
 
-    family: str
-    versions: dict[str, str]  # stage -> prompt version, or the version of the rule that stands in
+    @property
+    def family(self) -> str: ...
+    @property
+    def versions(self) -> dict[str, str]:
+        """stage -> version of its prompt, or of the rule that stands in for a model."""
+        ...
+
+    @property
+    def rules(self) -> frozenset[str]:
+        """Stages that need no model."""
+        ...
+
+    def calls(self, stage: str) -> int:
+        """Calls of one unit when nothing is asked again."""
+        ...
+
+    def tokens(self, stage: str) -> tuple[int, int]:
+        """Estimate for one call: tokens of the prompt without picture, tokens of the answer."""
+        ...
 
     async def describe(self, ask: Ask, image: bytes) -> Outcome: ...
     async def locate(self, ask: Ask, image: bytes, text: str) -> Outcome: ...
@@ -97,9 +114,23 @@ class ModelDialogues:
             name: self._prompt(name) for name in ("describe", "locate", "ground", "merge", "split", "paraphrase")
         }
         found = {name: prompt.version for name, prompt in prompts.items()}
+        found["search"] = f"{found['locate']}+rounds"
         found["describe"] += "" if self.answers == "strict" else "+legacy"
         found["paraphrase"] += f"+{self.count}"
         return found
+
+    @property
+    def rules(self) -> frozenset[str]:
+        return frozenset()
+
+    def calls(self, stage: str) -> int:
+        """One."""
+        return 1
+
+    def tokens(self, stage: str) -> tuple[int, int]:
+        """From the length of the prompt (four signs a token, 80 tokens of inserted text) and half the room to answer."""
+        prompt = self._prompt(stage)
+        return len(prompt.template) // 4 + 80, max(1, prompt.max_tokens // 2)
 
     def _prompt(self, stage: str) -> Prompt:
         prompt = getattr(self.prompts, stage)
@@ -136,8 +167,7 @@ class ModelDialogues:
         """Value: whether the picture shows the person described."""
         request = self._request("locate", image, text=text)
         # One word needs no end mark: "Yes." cut after the stop is a whole answer.
-        relaxed = _whole(ask)
-        value, reason, replies = await accepted(relaxed, request, parsing.yes_no)
+        value, reason, replies = await accepted(whole_words(ask), request, parsing.yes_no)
         if value is None:
             return Outcome(False, "fallback", reason, tuple(replies))
         return Outcome(value, replies=tuple(replies))
@@ -190,8 +220,8 @@ def _answered(answers: Sequence[str | None]) -> int:
     return sum(answer is not None for answer in answers)
 
 
-def _whole(ask: Ask) -> Ask:
-    """`ask` for one-word answers: stopped by the token limit is not cut off."""
+def whole_words(ask: Ask) -> Ask:
+    """`ask` for answers of a fixed number of words: stopped by the token limit is not cut off."""
 
     async def asked(request: Request) -> Reply:
         reply = await ask(request)

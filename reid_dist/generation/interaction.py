@@ -113,14 +113,22 @@ def unit_rows(values: np.ndarray) -> np.ndarray:
 
 
 def rerank(
-    query: Embeddings, refined: Embeddings, gallery: Embeddings, anchors: np.ndarray, weight: float
+    query: Embeddings,
+    refined: Embeddings,
+    gallery: Embeddings,
+    anchors: np.ndarray,
+    weight: float,
+    shares: Mapping[str, float] | None = None,
 ) -> np.ndarray:
-    """Final scores [Q, G] of a block of queries: mean of the named similarities, blended, anchors placed."""
+    """Final scores [Q, G] of a block of queries: the named cosine similarities with their `shares` (default: equal ones),
+    blended, anchors placed.
+    """
+    shares = shares or dict.fromkeys(gallery, 1 / len(gallery))
     mixed = blended(query, refined, anchors, weight)
-    scores, base = np.zeros((1, 1)), np.zeros(len(anchors))
+    scores, base = np.zeros((1, 1), np.float32), np.zeros(len(anchors), np.float32)
     chosen = np.maximum(anchors, 0)
-    for name, values in gallery.items():
-        items = unit_rows(values)
-        scores = scores + mixed[name] @ items.T / len(gallery)
-        base += np.einsum("qd,qd->q", unit_rows(query[name]), items[chosen]) / len(gallery)
+    for name, share in shares.items():
+        items = unit_rows(gallery[name])
+        scores = scores + share * (mixed[name] @ items.T)
+        base = base + share * np.einsum("qd,qd->q", unit_rows(query[name]), items[chosen])
     return place_anchors(scores, base, anchors, weight)

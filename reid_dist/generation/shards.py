@@ -79,6 +79,24 @@ def missing_units(units: Iterable[Unit], known: Mapping[str, Record], retry_erro
     return [unit for unit in units if unit.key not in known or (retry_errors and not known[unit.key].usable)]
 
 
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What the driver learns of a record while a stage runs: no texts."""
+
+    status: str
+    reason: str
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+
+    @classmethod
+    def of(cls, record: Record) -> Outline:
+        """Of one record."""
+        replies = record.facts["replies"]
+        sums = (sum(reply[name] for reply in replies) for name in ("prompt_tokens", "completion_tokens"))
+        return cls(record.status, record.reason, len(replies), *sums)
+
+
 @dataclass
 class Breaker:
     """Trips when more than `share` of the last `window` records of a stage were not "ok"."""
@@ -114,17 +132,15 @@ class Progress:
     statuses: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
 
-    def note(self, records: Iterable[Record]) -> None:
-        """Count the records of a shard."""
-        for record in records:
-            self.done += 1
-            self.statuses[record.status] += 1
-            if record.status != "ok":
-                self.reasons[record.reason.split(":")[0][:60]] += 1
-            for reply in record.facts["replies"]:
-                self.calls += 1
-                self.prompt_tokens += reply["prompt_tokens"]
-                self.completion_tokens += reply["completion_tokens"]
+    def note(self, outline: Outline) -> None:
+        """Count one record."""
+        self.done += 1
+        self.statuses[outline.status] += 1
+        if outline.status != "ok":
+            self.reasons[outline.reason.split(":")[0][:60]] += 1
+        self.calls += outline.calls
+        self.prompt_tokens += outline.prompt_tokens
+        self.completion_tokens += outline.completion_tokens
 
     @property
     def rate(self) -> float:

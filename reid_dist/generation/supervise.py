@@ -33,6 +33,10 @@ class Engine(Protocol):
         """End with all child processes; may be called twice."""
         ...
 
+    def drop(self) -> None:
+        """As `close`, where no event loop runs any more."""
+        ...
+
 
 class Supervised:
     """`Ask` over an engine made by `make`; at most `restarts` restarts in its life.
@@ -86,6 +90,12 @@ class Supervised:
             engine, self._engine = self._engine, None
             if engine is not None:
                 await _closed(engine)
+
+    def drop(self) -> None:
+        """End the engine where no event loop runs any more."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.drop()
 
 
 async def _closed(engine: Engine) -> None:

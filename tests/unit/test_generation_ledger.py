@@ -13,6 +13,7 @@ from reid_dist.generation.ledger import FencedOut, Ledger, Maker, Record, Unit, 
 from reid_dist.generation.messages import BadInput, Outcome, Reply, Request, Sampling
 from reid_dist.generation.shards import (
     Breaker,
+    Outline,
     Progress,
     Stage,
     TooManyRejects,
@@ -229,7 +230,8 @@ def test_breaker_trips_on_a_share_of_the_last_answers() -> None:
 
 def test_progress_counts_calls_tokens_and_rejects(tmp_path: Path) -> None:
     progress = Progress("describe", 5)
-    progress.note(work(Ledger(open_store(tmp_path)).take(), units(5), Counting(bad={1, 2})))
+    for record in work(Ledger(open_store(tmp_path)).take(), units(5), Counting(bad={1, 2})):
+        progress.note(Outline.of(record))
     summary = progress.summary()
     assert (summary["calls"], summary["prompt_tokens"], summary["completion_tokens"]) == (3, 9, 6)
     assert summary["statuses"] == {"ok": 3, "error": 2}

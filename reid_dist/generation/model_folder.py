@@ -1,0 +1,142 @@
+"""The folder of a model and of an adapter: found, checked and named by content before any engine starts."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reid_dist.errors import UserError
+from reid_dist.generation.ledger import digest
+from reid_dist.storage import is_remote, open_store
+from reid_dist.storage.base import file_sha256
+from reid_dist.storage.cache import NodeCache
+
+SMALL = Path(__file__).parent / "tiny" / "weights"
+BUILT_IN = "small"  # the project's own small model
+TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
+CONTENT = (".safetensors", ".json", ".jinja", ".txt", ".model")
+IGNORED = ("recipe.json", "README.md")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A local model folder. `digest`: of the content that answers depend on."""
+
+    path: str
+    digest: str
+    prompts: str  # the prompt family that fits
+
+
+def find_model(name: str, revision: str = "") -> ModelFolder:
+    """The model `small` (built in), a folder, an s3:// prefix, or a name on the Hugging Face hub (with `revision`).
+
+    Raises UserError: nothing there, no tokenizer, no weights, a kind of model that is not served.
+    """
+    folder = _local(name, revision)
+    config = read_config(folder, name)
+    if not any((folder / file).exists() for file in TOKENIZERS):
+        raise UserError(
+            f"{name}: there is no tokenizer ({', '.join(TOKENIZERS)}): copy the base model's files beside it"
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{name}: there are no weights (*.safetensors)")
+    files = sorted(path for path in folder.iterdir() if path.suffix in CONTENT and path.name not in IGNORED)
+    content = digest([[path.name, file_sha256(path)] for path in files])
+    return ModelFolder(str(folder), content, _family(config, folder, name))
+
+
+def _local(name: str, revision: str) -> Path:
+    if name == BUILT_IN:
+        return SMALL
+    if is_remote(name):
+        return Path(NodeCache().tree(open_store(name)))
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"model={name}: no such folder; give `small`, a folder, an s3:// prefix or OWNER/NAME of the hub"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(name, revision=revision or None, ignore_patterns=["*.bin", "*.pth", "original/*"])
+        )
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise UserError(f"model={name}: neither a folder nor reachable on the hub ({cause})") from None
+
+
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """config.json of a model folder. Raises UserError."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{name}: there is no config.json: not a model folder") from None
+    except ValueError:
+        raise UserError(f"{name}: config.json is not JSON") from None
+    return dict(config)
+
+
+def _family(config: dict[str, Any], folder: Path, name: str) -> str:
+    kind = str(config.get("model_type"))
+    if kind == "qwen2_vl" and (folder / "recipe.json").exists():
+        return "tiny"
+    families = {"qwen2_vl": "qwen2-vl", "qwen2_5_vl": "qwen2.5-vl", "qwen3_vl": "qwen3-vl", "qwen3_vl_moe": "qwen3-vl"}
+    if kind not in families:
+        raise UserError(f"{name}: model type {kind!r} is not served here; known: {', '.join(families)}")
+    return families[kind]
+
+
+def adapter_digest(adapter: str, model: ModelFolder) -> str:
+    """Content digest of a LoRA folder, after checking that it fits the model: every pair of matrices must have a target
+    of its input and output width in the base.
+
+    Raises UserError: no adapter there, or one for another base.
+    """
+    folder = Path(adapter)
+    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    missing = [path.name for path in files if not path.exists()]
+    if missing:
+        raise UserError(f"adapter={adapter}: {' and '.join(missing)} missing: give a folder that peft wrote")
+    base: dict[str, list[int]] = {}
+    for path in sorted(Path(model.path).glob("*.safetensors")):
+        base |= tensor_shapes(path)
+    targets = {_tail(name.removesuffix(".weight")): shape for name, shape in base.items() if name.endswith(".weight")}
+    shapes = tensor_shapes(files[1])
+    for name, shape in shapes.items():
+        end = next((e for e in (".lora_A.weight", ".lora_B.weight") if name.endswith(e)), None)
+        if end is None:
+            continue
+        target = targets.get(_tail(name.removesuffix(end).removeprefix("base_model.model.")))
+        fits = target is not None and (shape[1] == target[1] if end == ".lora_A.weight" else shape[0] == target[0])
+        if not fits:
+            raise UserError(
+                f"adapter={adapter}: {name} {shape} has no place in {model.path}"
+                + (f" (there: {target})" if target else "")
+                + ": the adapter was tuned on another base model"
+            )
+    return digest([[path.name, file_sha256(path)] for path in files])
+
+
+def _tail(name: str) -> str:
+    """A module's name from its layer on: libraries disagree about the prefix."""
+    parts = name.split(".")
+    start = next((i for i, part in enumerate(parts) if part in ("layers", "blocks", "merger", "lm_head")), 0)
+    tower = "visual" if "visual" in parts else ""
+    return ".".join([tower, *parts[start:]])
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Shapes of the tensors of a safetensors file, from its header. Raises UserError when it is none."""
+    try:
+        with path.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(size))
+    except (struct.error, ValueError, MemoryError, OverflowError):
+        raise UserError(f"{path} is not a safetensors file") from None
+    return {name: list(facts["shape"]) for name, facts in header.items() if name != "__metadata__"}
