@@ -180,6 +180,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     import torch
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it repeats every reported metric
 
     from reid_dist.training.selection import evaluator
     from reid_dist.training.start import init_weights

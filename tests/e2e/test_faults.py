@@ -102,7 +102,8 @@ def _steps(run: str) -> int:
 
 
 def test_killed_worker_is_survived_and_the_result_is_the_same(tables: Path, tmp_path: Path) -> None:
-    quiet = Job(*command(tables, "quiet", str(tmp_path)))
+    relative = os.path.relpath(tables, ROOT)  # as typed in a terminal: it must mean the same on a worker
+    quiet = Job(*command(Path(relative), "quiet", os.path.relpath(tmp_path, ROOT)))
     assert quiet.finish()[0] == 0
     struck = Job(*command(tables, "struck", str(tmp_path), "training.checkpoint_every_steps=2"))
     struck.wait_for(
