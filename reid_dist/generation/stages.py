@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from reid_dist.generation.dialogues import Dialogues, ModelDialogues, observations
 from reid_dist.generation.interaction import Policy, find_anchor
 from reid_dist.generation.ledger import Ledger, Maker, Record, Unit
-from reid_dist.generation.messages import Ask, Outcome
+from reid_dist.generation.messages import Ask, Outcome, Reply
 from reid_dist.generation.parsing import normalised
 from reid_dist.generation.prompts import family
 from reid_dist.generation.shards import (
@@ -75,8 +75,9 @@ class Answerer:
 
     async def _search(self, data: Mapping[str, Any]) -> Outcome:
         """One query through all its rounds. Value: {"place": of the anchor among the candidates, -1; "round", "answers"}."""
-        rows, replies = [int(row) for row in data["rows"]], []
-        doubtful = []
+        rows = [int(row) for row in data["rows"]]
+        replies: list[Reply] = []
+        doubtful: list[str] = []
 
         async def shown(place: int) -> bool:
             image = await asyncio.to_thread(self.images, rows[place])

@@ -1,4 +1,7 @@
-"""Train the small model into a folder: `python -m reid_dist.generation.tiny FOLDER [key=value of Recipe ...]`."""
+"""Train the small model into a folder: `python -m reid_dist.generation.tiny FOLDER [key=value of Recipe ...]`.
+
+Interrupted, the same line goes on where FOLDER.checkpoint stands.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def main(argv: list[str]) -> None:
     def save(state: Trained) -> None:
         save_folder(state.model, state.tokenizer, folder, facts(recipe, state))
 
-    train(recipe, save)
+    train(recipe, save, folder.with_suffix(".checkpoint"))
 
 
 if __name__ == "__main__":

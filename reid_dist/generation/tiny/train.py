@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from reid_dist.data.synthetic.identity import ATTRIBUTES
 from reid_dist.data.synthetic.words import SLOTS
 from reid_dist.generation.tiny.lessons import Teacher
 from reid_dist.generation.tiny.model import TOKENS, WIDTH, make_config, make_tokenizer
-from reid_dist.generation.tiny.questions import BINS, NO, PARTS, YES, words_of
+from reid_dist.generation.tiny.questions import BINS, HIDDEN, NO, PARTS, YES, words_of
 from reid_dist.generation.tiny.samples import Pictures, draw_pictures
 from reid_dist.generation.tiny.towers import pack, say, see
 
@@ -39,17 +41,17 @@ class Recipe:
     images: int = 3  # of each person
     test_worlds: tuple[int, ...] = (201, 202)
     test_people: int = 150
-    vision_steps: int = 260
+    vision_steps: int = 1000
     vision_batch: int = 64
     vision_lr: float = 1.5e-3
-    joint_steps: int = 1800
+    joint_steps: int = 1000
     joint_batch: int = 24
     joint_lr: float = 1.2e-3
     heads_weight: float = 0.3
     attributes: int = 4  # questions per picture and step
     matches: int = 4
     grounds: int = 1
-    evaluate_every: int = 300  # joint steps
+    evaluate_every: int = 250  # joint steps
 
 
 @dataclass
@@ -96,34 +98,30 @@ def initialise(model: Any, generator: torch.Generator) -> None:
                 parameter.zero_()
 
 
-def train(recipe: Recipe, on_progress: Callable[[Trained], None] | None = None) -> Trained:
-    """Train from nothing. `on_progress` gets the state after every evaluation."""
+def train(
+    recipe: Recipe, on_progress: Callable[[Trained], None] | None = None, checkpoint: Path | None = None
+) -> Trained:
+    """Train from nothing, or go on from `checkpoint`, which is written at every evaluation and gives the same weights as
+    a run that was never interrupted. `on_progress` gets the state after every evaluation.
+    """
     from transformers import Qwen2VLForConditionalGeneration
 
     started = time.monotonic()
     pictures = draw_pictures(recipe.train_worlds, recipe.people, "train", recipe.images)
     test = draw_pictures(recipe.test_worlds, recipe.test_people, "test", 2)
     logger.info("%d pictures to learn from, %d to test, %.0f s", len(pictures), len(test), time.monotonic() - started)
-    generator = torch.Generator().manual_seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     tokenizer = make_tokenizer()
     model = Qwen2VLForConditionalGeneration(make_config(tokenizer)).float()
-    initialise(model, generator)
+    initialise(model, torch.Generator().manual_seed(recipe.seed))
+    heads, rng = Heads(), np.random.default_rng(recipe.seed)
     state = Trained(model, tokenizer, [], 0.0)
-    heads = Heads()
-    rng = np.random.default_rng(recipe.seed)
-    _vision_phase(model.model.visual, heads, pictures, recipe, rng)
-    logger.info("vision phase done, %.0f s", time.monotonic() - started)
     teacher = Teacher(pictures, tokenizer, rng)
-
-    def evaluated(step: int) -> None:
-        state.seconds = time.monotonic() - started
-        state.curve.append({"step": step, "seconds": round(state.seconds), **evaluate(model, tokenizer, test)})
-        logger.info("%s", state.curve[-1])
-        if on_progress:
-            on_progress(state)
-
-    _joint_phase(model, heads, teacher, recipe, evaluated)
+    phases = _Phases(recipe, state, heads, teacher, test, checkpoint, on_progress or (lambda trained: None))
+    phases.resume()
+    phases.started = started - state.seconds
+    phases.vision()
+    phases.joint()
     return state
 
 
@@ -155,38 +153,100 @@ def _take(pictures: Pictures, rows: np.ndarray, rng: np.random.Generator) -> tup
     return torch.from_numpy(changed), torch.from_numpy(pictures.answers[rows]), torch.from_numpy(pictures.boxes[rows])
 
 
-def _vision_phase(visual: Any, heads: Heads, pictures: Pictures, recipe: Recipe, rng: np.random.Generator) -> None:
-    optimizer = _optimizer([visual, heads], recipe.vision_lr)
-    for step in range(recipe.vision_steps):
-        pixels, answers, boxes = _take(pictures, rng.integers(len(pictures), size=recipe.vision_batch), rng)
-        loss = heads(see(visual, pixels), answers, boxes)
-        _step(optimizer, loss, recipe.vision_lr * min(1.0, (step + 1) / 30))
-        if step % 50 == 0:
-            logger.info("vision step %d: loss %.3f", step, loss.item())
+@dataclass
+class _Phases:
+    """Both phases with what they share; `done` counts the steps of vision and joint phase together."""
 
+    recipe: Recipe
+    state: Trained
+    heads: Heads
+    teacher: Teacher
+    test: Pictures
+    checkpoint: Path | None
+    on_progress: Callable[[Trained], None]
+    started: float = 0.0
 
-def _joint_phase(model: Any, heads: Heads, teacher: Teacher, recipe: Recipe, evaluated: Callable[[int], None]) -> None:
-    optimizer = _optimizer([model, heads], recipe.joint_lr)
-    pad = model.config.text_config.pad_token_id
-    for step in range(recipe.joint_steps):
-        rows = teacher.rng.integers(len(teacher.pictures), size=recipe.joint_batch)
-        pixels, answers, boxes = _take(teacher.pictures, rows, teacher.rng)
-        lessons = [teacher.draw(int(row), recipe.attributes, recipe.matches, recipe.grounds) for row in rows]
-        packed = pack(lessons, pad)
-        seen = see(model.model.visual, pixels)
-        wanted = packed.targets >= 0
-        loss = functional.cross_entropy(say(model, seen, packed)[wanted], packed.targets[wanted])
-        total = loss + recipe.heads_weight * heads(seen, answers, boxes)
-        _step(optimizer, total, recipe.joint_lr * _rate(step, recipe.joint_steps))
-        if step % 50 == 0:
-            logger.info("joint step %d: loss %.3f", step, loss.item())
-        if (step + 1) % recipe.evaluate_every == 0 or step + 1 == recipe.joint_steps:
-            evaluated(step + 1)
+    def __post_init__(self) -> None:
+        visual, lr = self.state.model.model.visual, self.recipe.vision_lr
+        self.optimizers = {
+            "vision": _optimizer([visual, self.heads], lr),
+            "joint": _optimizer([self.state.model, self.heads], self.recipe.joint_lr),
+        }
+        self.done = 0
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one of this recipe. Raises ValueError for another recipe's."""
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return
+        saved = torch.load(self.checkpoint, weights_only=True)
+        if saved["recipe"] != json.dumps(asdict(self.recipe)):
+            raise ValueError(f"{self.checkpoint} belongs to another recipe: remove it or give that recipe")
+        self.state.model.load_state_dict(saved["model"])
+        self.heads.load_state_dict(saved["heads"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(saved[name])
+        self.teacher.rng.bit_generator.state = json.loads(saved["rng"])
+        self.state.curve = json.loads(saved["curve"])
+        self.done, self.state.seconds = saved["done"], saved["seconds"]
+        logger.info("goes on after step %d", self.done)
+
+    def _save(self) -> None:
+        self.state.seconds = time.monotonic() - self.started
+        if self.checkpoint is None:
+            return
+        content = {
+            "recipe": json.dumps(asdict(self.recipe)), "model": self.state.model.state_dict(),
+            "heads": self.heads.state_dict(), "rng": json.dumps(self.teacher.rng.bit_generator.state),
+            "curve": json.dumps(self.state.curve), "done": self.done, "seconds": self.state.seconds,
+            **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        }  # fmt: skip
+        beside = self.checkpoint.with_suffix(".new")
+        torch.save(content, beside)
+        beside.replace(self.checkpoint)
+
+    def vision(self) -> None:
+        """The vision tower and the heads alone."""
+        recipe, pictures, rng = self.recipe, self.teacher.pictures, self.teacher.rng
+        while self.done < recipe.vision_steps:
+            pixels, answers, boxes = _take(pictures, rng.integers(len(pictures), size=recipe.vision_batch), rng)
+            loss = self.heads(see(self.state.model.model.visual, pixels), answers, boxes)
+            _step(self.optimizers["vision"], loss, recipe.vision_lr * _rate(self.done, recipe.vision_steps))
+            if self.done % 50 == 0:
+                logger.info("vision step %d: loss %.3f", self.done, loss.item())
+            self.done += 1
+            if self.done % recipe.evaluate_every == 0:
+                self._save()
+
+    def joint(self) -> None:
+        """Both towers, answers and heads."""
+        recipe, teacher, model = self.recipe, self.teacher, self.state.model
+        pad = model.config.text_config.pad_token_id
+        while (step := self.done - recipe.vision_steps) < recipe.joint_steps:
+            rows = teacher.rng.integers(len(teacher.pictures), size=recipe.joint_batch)
+            pixels, answers, boxes = _take(teacher.pictures, rows, teacher.rng)
+            packed = pack([teacher.draw(int(r), recipe.attributes, recipe.matches, recipe.grounds) for r in rows], pad)
+            seen = see(model.model.visual, pixels)
+            wanted = packed.targets >= 0
+            loss = functional.cross_entropy(say(model, seen, packed)[wanted], packed.targets[wanted])
+            total = loss + recipe.heads_weight * self.heads(seen, answers, boxes)
+            _step(self.optimizers["joint"], total, recipe.joint_lr * _rate(step, recipe.joint_steps))
+            if step % 50 == 0:
+                logger.info("joint step %d: loss %.3f", step, loss.item())
+            self.done += 1
+            if (step + 1) % recipe.evaluate_every == 0 or step + 1 == recipe.joint_steps:
+                found = evaluate(model, self.state.tokenizer, self.test)
+                self.state.seconds = time.monotonic() - self.started
+                self.state.curve.append({"step": step + 1, "seconds": round(self.state.seconds), **found})
+                logger.info("%s", self.state.curve[-1])
+                self._save()
+                self.on_progress(self.state)
 
 
 @torch.inference_mode()
 def evaluate(model: Any, tokenizer: Any, test: Pictures) -> dict[str, Any]:
-    """Accuracy on pictures of people never learned from: per attribute, match questions by phrases, boxes' IoU."""
+    """Accuracy on pictures of people never learned from: per attribute where the picture shows it, "hidden" over all
+    attributes that it does not show, match questions by number of phrases, boxes' IoU.
+    """
     teacher = Teacher(test, tokenizer, np.random.default_rng(1))
     right: dict[str, list[bool]] = {}
     overlaps: list[float] = []
@@ -195,7 +255,7 @@ def evaluate(model: Any, tokenizer: Any, test: Pictures) -> dict[str, Any]:
         lessons = []
         kinds: list[list[str]] = []
         for row in rows:
-            asked = [(name, teacher.attribute(row, name)) for name in ATTRIBUTES]
+            asked = [(_kind(test, row, name), teacher.attribute(row, name)) for name in ATTRIBUTES]
             asked += [(f"match{count}", teacher.match(row, count)[0]) for count in (1, 2, 3, len(SLOTS))]
             asked += [("box", lesson) for part in range(len(PARTS)) if (lesson := teacher.ground(row, part))]
             lessons.append([lesson for _, lesson in asked])
@@ -209,12 +269,19 @@ def evaluate(model: Any, tokenizer: Any, test: Pictures) -> dict[str, Any]:
     matches["match"] = float(
         np.mean([*right["match1"], *right["match2"], *right["match3"], *right[f"match{len(SLOTS)}"]])
     )
-    rounded = {name: round(value, 4) for name, value in (attributes | matches).items()}
+    hidden = {"hidden": float(np.mean(right["hidden"]))}
+    rounded = {name: round(value, 4) for name, value in (attributes | hidden | matches).items()}
     return {
         **rounded,
         "lowest_attribute": min(rounded[n] for n in ATTRIBUTES),
         "box_iou": round(float(np.mean(overlaps)), 4),
     }
+
+
+def _kind(pictures: Pictures, row: int, name: str) -> str:
+    """The attribute's name where the picture shows it (or that its thing is not there), else "hidden"."""
+    value = list(words_of(name))[pictures.answers[row, list(ATTRIBUTES).index(name)]]
+    return HIDDEN if value == HIDDEN else name
 
 
 def _score(

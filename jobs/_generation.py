@@ -1,0 +1,174 @@
+"""What `jobs.generate` and `jobs.interact` share: who answers, on how many engines, and the ledger."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from reid_dist.config import DataConfig
+from reid_dist.errors import UserError
+
+logger = logging.getLogger("reid_dist.jobs.generation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Who answers, and where."""
+
+    model: str = "small"  # `small` (built in), a folder, an s3:// prefix, OWNER/NAME of the hub
+    revision: str = ""
+    adapter: str = ""  # LoRA folder
+    prompts: str = ""  # prompt family; empty: the one that fits the model
+    answers: Literal["strict", "legacy"] = "strict"  # how descriptions are read (legacy: as the released code does)
+    dtype: str = "auto"
+    context: int = 0  # tokens; 0: 512 for the small model, else 4096
+    pixels: int = -1  # picture budget; -1: 50176, or the small model's own
+    tensor_parallel: int = 1
+    engines: int = 1  # most
+    engines_min: int = 1
+    parallel: int = 64  # sequences under way per engine
+    stall_s: float = 300.0
+    seed: int = 0
+    ledger: str = ""  # folder or s3:// prefix; empty: <root>/ledger/<tables>
+    retry_errors: bool = False  # ask again about rows that ended in an error
+    shard: int = 256  # units that are published together
+    root: str = "data"
+    cache: str = ""
+    cache_gb: float = 50.0
+
+    def __post_init__(self) -> None:
+        for name in ("engines", "engines_min", "tensor_parallel", "parallel", "shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: from 1")
+        if self.engines_min > self.engines:
+            raise ValueError(f"engines_min={self.engines_min} is more than engines={self.engines}")
+
+    @property
+    def data(self) -> DataConfig:
+        """How tables are opened."""
+        return DataConfig(root=self.root, cache=self.cache, cache_gb=self.cache_gb)
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A checked model and everything that answers are keyed by."""
+
+    options: ModelOptions
+    model: Any  # ModelFolder
+    maker: Any
+    speak: Any
+    engine: Any  # EngineConfig
+    ledger: str
+    seen_size: tuple[int, int]
+
+    def source(self, stages: Sequence[str]) -> str:
+        """What a side table says about its making: equal sources give comparable tables."""
+        versions = [f"{stage}={self.speak.versions[stage]}" for stage in stages]
+        adapter = f" adapter {self.maker.adapter[:12]}" if self.maker.adapter else ""
+        return f"model {self.model.digest[:12]}{adapter} {' '.join(versions)}"
+
+
+def prepare(options: ModelOptions, tables: Sequence[str], height: int = 64, width: int = 32) -> Answering:
+    """Find and check the model; nothing is started. height, width: of the pictures, for boxes in pixels.
+
+    Raises UserError.
+    """
+    from reid_dist.generation.engine import EngineConfig
+    from reid_dist.generation.image_budget import FACTOR, PIXELS, seen_size
+    from reid_dist.generation.ledger import Maker
+    from reid_dist.generation.model_folder import adapter_digest, find_model
+    from reid_dist.generation.stages import dialogues
+
+    model = find_model(options.model, options.revision)
+    small = model.prompts == "tiny"
+    pixels = (0 if small else PIXELS) if options.pixels < 0 else options.pixels
+    engine = EngineConfig(
+        path=model.path, adapter=options.adapter, dtype=options.dtype, context=options.context or (512 if small else 4096),
+        tensor_parallel=options.tensor_parallel, pixels=pixels, parallel=options.parallel, seed=options.seed,
+        eager=small, stall_s=options.stall_s,
+    )  # fmt: skip
+    adapter = adapter_digest(options.adapter, model) if options.adapter else ""
+    place = options.ledger or f"{options.root.rstrip('/')}/ledger/{'+'.join(tables)}"
+    size = seen_size(height, width, FACTOR, pixels, pixels) if pixels else (height, width)
+    speak = dialogues(options.prompts or model.prompts, options.answers)
+    return Answering(options, model, Maker(model.digest, adapter, engine.settings), speak, engine, place, size)
+
+
+def make_job(answering: Answering, tables: Sequence[str], splits: Sequence[str], view: Any) -> Any:
+    """The stages over a view, on Ray; takes the ledger. Raises FencedOut."""
+    from reid_dist.generation.engine import Hosting, RayRunner
+    from reid_dist.generation.ledger import Ledger
+    from reid_dist.generation.stages import Answerer, InlineRunner, Job
+    from reid_dist.storage import open_store
+
+    options = answering.options
+    hosting = Hosting(
+        engine=answering.engine, data=options.data, tables=tuple(tables), splits=tuple(splits),
+        prompts=answering.speak.family, answers=options.answers, ledger=answering.ledger, attempt=0, stage="", version="",
+        maker=answering.maker, seen_size=answering.seen_size,
+    )  # fmt: skip
+    gpus = 1.0 if _gpus() else 0.0
+    runner = RayRunner(hosting, options.engines_min, options.engines, 1.0, gpus)
+    rules = InlineRunner(Answerer(answering.speak, _nobody, lambda row: view.encoded([row])[0]))
+    return Job(
+        Ledger(open_store(answering.ledger)).take(), answering.maker, answering.speak, runner, rules,
+        options.retry_errors, options.shard, lambda progress: logger.info("%s", progress.line()),
+    )  # fmt: skip
+
+
+async def _nobody(request: Any) -> Any:
+    raise AssertionError("a rule asked a model")
+
+
+def _gpus() -> bool:
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU", 0))
+
+
+def unique_images(view: Any) -> dict[str, int]:
+    """digest -> first row of a view that shows it."""
+    import numpy as np
+
+    found: dict[str, int] = {}
+    for row, image in enumerate(view.digests(np.arange(len(view)))):
+        found.setdefault(image, row)
+    return found
+
+
+def store_rates(place: str, summaries: Mapping[str, Mapping[str, Any]], engines: int) -> None:
+    """Keep what was measured, for the plans of later jobs."""
+    from reid_dist.storage import open_store
+
+    for stage, done in summaries.items():
+        if done["calls"] and done["seconds"] > 0:
+            facts = {"calls_per_s": done["calls"] / done["seconds"] / engines, "calls": done["calls"]}
+            open_store(place).write(f"measured/{stage}.json", json.dumps(facts).encode())
+
+
+def measured_rate(place: str, stage: str) -> float | None:
+    """Calls per second and engine of the last job that ran this stage; None when none did."""
+    from reid_dist.storage import open_store
+
+    try:
+        return float(json.loads(open_store(place).read(f"measured/{stage}.json"))["calls_per_s"])
+    except FileNotFoundError:
+        return None
+
+
+def refuse_other_source(root: str, name: str, source: str) -> None:
+    """Raises UserError when the side table exists and was made by another model or other prompts."""
+    from reid_dist.data.side import open_side_table
+
+    try:
+        table = open_side_table(root, name)
+    except UserError:
+        return
+    if table.facts.get("source") != source:
+        raise UserError(
+            f"side table {name} holds answers of another maker ({table.facts.get('source')}; this job: {source}): "
+            "choose another name="
+        )
