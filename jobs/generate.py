@@ -39,8 +39,10 @@ USAGE = """usage: python -m jobs.generate rda|masks|describe TABLE [TABLE ...] r
   --plan         count pictures, calls and tokens, estimate the time; nothing is started"""
 
 logger = logging.getLogger("reid_dist.jobs.generate")
+Written = tuple[dict[str, Any], dict[str, dict[str, list[str]]]]  # facts; per image digest what the page lists
 STAGES = {"rda": ("describe", "merge", "split", "paraphrase"), "masks": ("ground",), "describe": ("describe",)}
 SUFFIX = {"rda": "rda", "masks": "masks", "describe": "answers"}
+SHOWN = 8  # pictures on the page
 SENTENCES = 6  # of a merged caption, for estimates: unique sentences are far fewer in a corpus
 
 
@@ -99,17 +101,19 @@ def generate(kind: str, tables: tuple[str, ...], options: GenerateOptions, plan_
     with connect(math.ceil(options.engines) + 1):
         job = make_job(answering, tables, splits, view)
         publish = {"rda": publish_groups, "masks": publish_masks, "describe": publish_answers}[kind]
-        written = publish(job, view, options, name, source)
+        written, lists = publish(job, view, options, name, source)
     seconds = time.monotonic() - started
     store_rates(answering.ledger, job.summaries, options.engines)
     calls = sum(done["calls"] for done in job.summaries.values())
+    page = write_page(kind, job, view, name, source, lists)
     return {
         "kind": kind, "name": name, "source": source, "ledger": answering.ledger, **written, "calls": calls,
         "calls_per_s": round(calls / seconds, 2), "seconds": round(seconds, 1), "stages": job.summaries,
+        "report": page,
     }  # fmt: skip
 
 
-def publish_groups(job: Any, view: Any, options: GenerateOptions, name: str, source: str) -> dict[str, Any]:
+def publish_groups(job: Any, view: Any, options: GenerateOptions, name: str, source: str) -> Written:
     """Enriched captions as a side table."""
     from reid_dist.data.captions import CaptionGroups, caption_digest, write_caption_groups
 
@@ -126,14 +130,19 @@ def publish_groups(job: Any, view: Any, options: GenerateOptions, name: str, sou
     rows = [CaptionGroups(one.image, caption_digest(one.caption), one.groups) for one in found]
     version = write_caption_groups(options.root, name, rows, source)
     sentences = sum(len(one.groups) for one in found)
-    return {
+    lists: dict[str, dict[str, list[str]]] = {}
+    for one in found:
+        mine = lists.setdefault(one.image, {})
+        mine[f"Caption: {one.caption}"] = [one.merged, *(" | ".join(group) for group in one.groups)]
+    facts = {
         "version": version, "captions": len(found), "error_rows": len(lost),
         "sentences_per_caption": round(sentences / len(found), 2),
         "unique_sentences": job.summaries["paraphrase"]["known"] + job.summaries["paraphrase"]["units"],
     }  # fmt: skip
+    return facts, lists
 
 
-def publish_masks(job: Any, view: Any, options: GenerateOptions, name: str, source: str) -> dict[str, Any]:
+def publish_masks(job: Any, view: Any, options: GenerateOptions, name: str, source: str) -> Written:
     """Boxes rasterised to part masks as a side table."""
     from reid_dist.methods.muva.boxes import boxes_to_patches
     from reid_dist.methods.muva.masks import MaskRow, write_masks
@@ -146,13 +155,15 @@ def publish_masks(job: Any, view: Any, options: GenerateOptions, name: str, sour
         patches = boxes_to_patches(boxes, options.grid)
         rows.append(MaskRow(image, patches.visible, boxes, patches.fallback))
     version = write_masks(options.root, name, rows, options.grid, source)
-    return {
+    lists = {row.digest: {"Boxes": [f"{part}: {boxes}" for part, boxes in (row.boxes or {}).items()]} for row in rows}
+    facts = {
         "version": version, "images": len(rows), "error_rows": len(grounded) - len(usable),
         "with_fallback": sum(bool(row.fallback) for row in rows),
     }  # fmt: skip
+    return facts, lists
 
 
-def publish_answers(job: Any, view: Any, options: GenerateOptions, name: str, source: str) -> dict[str, Any]:
+def publish_answers(job: Any, view: Any, options: GenerateOptions, name: str, source: str) -> Written:
     """Answers per picture as a side table: image, answers (list of text, null: no answer), status."""
     import pyarrow as pa
 
@@ -170,7 +181,39 @@ def publish_answers(job: Any, view: Any, options: GenerateOptions, name: str, so
         }
     )
     version = write_side_table(options.root, name, table, ["image"], {"kind": "answers", "source": source})
-    return {"version": version, "images": len(usable), "error_rows": len(described) - len(usable)}
+    lists = {image: {"Answers": [answer or "-" for answer in record.value]} for image, record in usable.items()}
+    return {"version": version, "images": len(usable), "error_rows": len(described) - len(usable)}, lists
+
+
+def write_page(kind: str, job: Any, view: Any, name: str, source: str, lists: dict[str, dict[str, list[str]]]) -> str:
+    """The job's page below its ledger; returns its place."""
+    import shlex
+    import sys
+
+    import numpy as np
+
+    from reid_dist.reporting.generation import Reject, Sample, render_generation
+
+    rows = unique_images(view)
+    shown = [image for image in rows if image in lists]
+    picked = [shown[i] for i in np.unique(np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).astype(int))]
+    samples = []
+    for image in picked:
+        row = rows[image]
+        own = {"Original captions": list(view.captions[row])} | lists[image]
+        samples.append(Sample(view.encoded([row])[0], view.path(row), own))
+    rejects = []
+    for stage, record in job.rejects():
+        said = record.facts["replies"][-1]["text"][:120] if record.facts["replies"] else ""
+        rejects.append(Reject(stage, record.status, record.reason, said, record.key))
+    page = render_generation(
+        f"Generated: {name}", f"{kind} of {len(rows)} pictures of {view.describe()}.", samples, rejects, job.summaries,
+        {"answers": source, "ledger": job.ledger.store.uri, **{t: str(v) for t, v in view.versions.items()}},
+        shlex.join(["python", "-m", "jobs.generate", *sys.argv[1:]]),
+        any("synthetic" in table.facts.notes for table in view.tables),
+    )  # fmt: skip
+    job.ledger.store.write(f"pages/{name}.html", page.encode())
+    return f"{job.ledger.store.uri}/pages/{name}.html"
 
 
 def plan(kind: str, view: Any, answering: Answering, options: GenerateOptions) -> dict[str, Any]:

@@ -171,6 +171,14 @@ class Job:
         self.summaries[stage] = {"known": len(unique) - len(missing), **progress.summary()}
         return {key: known[key] for key in unique}
 
+    def rejects(self, most: int = 50) -> list[tuple[str, Record]]:
+        """(stage, record) of what was not accepted in the stages of this job, the first `most` by key."""
+        found = []
+        for stage in self.summaries:
+            records = self.ledger.read(stage).values()
+            found += [(stage, record) for record in sorted(records, key=lambda r: r.key) if record.status != "ok"]
+        return found[:most]
+
     # ---- stages
 
     def describe(self, images: Mapping[str, int]) -> dict[str, Record]:

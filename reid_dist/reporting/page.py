@@ -71,6 +71,11 @@ def render_search(
     )  # fmt: skip
 
 
+def render_sections(run: ReportInput) -> str:
+    """A page without metrics: a summary, its sections, provenance. Raises ValueError for a picture that cannot be read."""
+    return _render(run)
+
+
 def _render(run: ReportInput) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

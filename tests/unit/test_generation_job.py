@@ -96,6 +96,10 @@ def test_describe_writes_answers_once(root: str, small: str, calls: list[Request
     view = open_view(DataConfig(root=root), ("people",))
     rows = table.lookup([(d,) for d in view.digests(np.arange(len(view)))], ["answers"])
     assert all(row is not None and len(row["answers"]) == 6 for row in rows)
+    page = Path(record["report"]).read_text()
+    assert page.count("<img") == 8
+    assert "112" in page
+    assert "Every answer was accepted." in page
     again = generate("describe", ("people",), GenerateOptions(root=root, model=small))
     assert again["calls"] == 0
     assert len(calls) == record["calls"]
