@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from reid_dist.config import DataConfig
@@ -81,7 +82,13 @@ def prepare(options: ModelOptions, tables: Sequence[str], height: int = 64, widt
     from reid_dist.generation.ledger import Maker
     from reid_dist.generation.model_folder import adapter_digest, find_model
     from reid_dist.generation.stages import dialogues
+    from reid_dist.storage import open_store
 
+    # Workers stand in other folders than the driver: what was typed relative means the same there.
+    folders = {
+        name: os.path.abspath(path) for name in ("model", "adapter") if os.path.isdir(path := getattr(options, name))
+    }
+    options = replace(options, root=open_store(options.root).uri, **folders)
     model = find_model(options.model, options.revision)
     small = model.prompts == "tiny"
     pixels = (0 if small else PIXELS) if options.pixels < 0 else options.pixels
@@ -94,7 +101,8 @@ def prepare(options: ModelOptions, tables: Sequence[str], height: int = 64, widt
     place = options.ledger or f"{options.root.rstrip('/')}/ledger/{'+'.join(tables)}"
     size = seen_size(height, width, FACTOR, pixels, pixels) if pixels else (height, width)
     speak = dialogues(options.prompts or model.prompts, options.answers)
-    return Answering(options, model, Maker(model.digest, adapter, engine.settings), speak, engine, place, size)
+    maker = Maker(model.digest, adapter, engine.settings)
+    return Answering(options, model, maker, speak, engine, open_store(place).uri, size)
 
 
 def make_job(answering: Answering, tables: Sequence[str], splits: Sequence[str], view: Any) -> Any:
@@ -106,9 +114,9 @@ def make_job(answering: Answering, tables: Sequence[str], splits: Sequence[str],
 
     options = answering.options
     hosting = Hosting(
-        engine=answering.engine, data=options.data, tables=tuple(tables), splits=tuple(splits),
-        prompts=answering.speak.family, answers=options.answers, ledger=answering.ledger, attempt=0, stage="", version="",
-        maker=answering.maker, seen_size=answering.seen_size,
+        engine=answering.engine, model=options.model, revision=options.revision, data=options.data,
+        tables=tuple(tables), splits=tuple(splits), prompts=answering.speak.family, answers=options.answers,
+        ledger=answering.ledger, attempt=0, stage="", version="", maker=answering.maker, seen_size=answering.seen_size,
     )  # fmt: skip
     gpus = 1.0 if _gpus() else 0.0
     runner = RayRunner(hosting, options.engines_min, options.engines, 1.0, gpus)

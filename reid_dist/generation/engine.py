@@ -25,6 +25,7 @@ from reid_dist.config import DataConfig
 from reid_dist.errors import RunError, UserError
 from reid_dist.generation.ledger import Ledger, Maker, Unit
 from reid_dist.generation.messages import BadInput, Finish, Reply, Request
+from reid_dist.generation.model_folder import find_model
 from reid_dist.generation.shards import Outline, Stage, work_shard
 from reid_dist.generation.stages import Answerer, dialogues
 from reid_dist.generation.supervise import Supervised
@@ -188,6 +189,8 @@ class Hosting:
     """What an actor needs to answer. Plain data, sent to every actor."""
 
     engine: EngineConfig
+    model: str  # as the user named it: every node finds it for itself
+    revision: str
     data: DataConfig
     tables: tuple[str, ...]
     splits: tuple[str, ...]
@@ -212,7 +215,8 @@ class Host:
         self.stage = Stage(hosting.stage, hosting.version, hosting.maker)
         self.ledger = Ledger(open_store(hosting.ledger), hosting.attempt)
         view = open_view(hosting.data, hosting.tables, hosting.splits)
-        self.ask = Supervised(lambda: VllmEngine(hosting.engine), hosting.engine.stall_s)
+        engine = replace(hosting.engine, path=find_model(hosting.model, hosting.revision, hosting.maker.model).path)
+        self.ask = Supervised(lambda: VllmEngine(engine), engine.stall_s)
         speak = dialogues(hosting.prompts, hosting.answers)
         self.answerer = Answerer(speak, self.ask, lambda row: view.encoded([row])[0], hosting.seen_size)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,11 @@ class ModelFolder:
     prompts: str  # the prompt family that fits
 
 
-def find_model(name: str, revision: str = "") -> ModelFolder:
+def find_model(name: str, revision: str = "", expected: str = "") -> ModelFolder:
     """The model `small` (built in), a folder, an s3:// prefix, or a name on the Hugging Face hub (with `revision`).
 
-    Raises UserError: nothing there, no tokenizer, no weights, a kind of model that is not served.
+    `expected`: the digest that it must have (of the model that the driver found). Raises UserError: nothing there, no
+    tokenizer, no weights, a kind of model that is not served, another content than expected.
     """
     folder = _local(name, revision)
     config = read_config(folder, name)
@@ -45,6 +47,11 @@ def find_model(name: str, revision: str = "") -> ModelFolder:
         raise UserError(f"{name}: there are no weights (*.safetensors)")
     files = sorted(path for path in folder.iterdir() if path.suffix in CONTENT and path.name not in IGNORED)
     content = digest([[path.name, file_sha256(path)] for path in files])
+    if expected and content != expected:
+        raise UserError(
+            f"{name} has other content on node {socket.gethostname()} ({content[:12]}) than where the job was started "
+            f"({expected[:12]}): give an s3:// prefix or a revision, which are the same everywhere"
+        )
     return ModelFolder(str(folder), content, _family(config, folder, name))
 
 

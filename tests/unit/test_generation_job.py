@@ -205,6 +205,8 @@ def test_a_model_is_named_by_its_content(tmp_path: Path) -> None:
     one, two = folder(tmp_path / "one"), folder(tmp_path / "two")
     first, second = find_model(str(one)), find_model(str(two))
     assert (first.digest, first.prompts) == (second.digest, "qwen2-vl")
+    with pytest.raises(UserError, match="has other content on node"):
+        find_model(str(two), expected="0" * 64)
     (two / "README.md").write_text("words")
     assert find_model(str(two)).digest == first.digest
     (two / "tokenizer.json").write_text('{"a": 1}')
