@@ -23,6 +23,7 @@ from typing import Any
 
 from reid_dist.config import DataConfig
 from reid_dist.errors import RunError, UserError
+from reid_dist.generation.guard import children, guard
 from reid_dist.generation.ledger import Ledger, Maker, Unit
 from reid_dist.generation.messages import BadInput, Finish, Reply, Request
 from reid_dist.generation.model_folder import find_model
@@ -61,11 +62,12 @@ class EngineConfig:
 
 
 class VllmEngine:
-    """One vLLM engine in this process (its core runs in a child that ends with it)."""
+    """One vLLM engine in this process (its core runs in a child that a guard ends with it)."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self._engine: Any = None
+        self._guard: Any = None
         self._numbers = itertools.count()
 
     async def start(self) -> None:
@@ -87,14 +89,16 @@ class VllmEngine:
             mm_processor_kwargs={"min_pixels": c.pixels, "max_pixels": c.pixels} if c.pixels else None,
             distributed_executor_backend="ray" if c.tensor_parallel > 1 else None,
         )  # fmt: skip
-        started = time.monotonic()
+        started, before = time.monotonic(), children(os.getpid())
         self._engine = AsyncLLM.from_engine_args(arguments)
+        self._guard = guard(children(os.getpid()) - before)
         self._tokenizer = self._engine.get_tokenizer()
         logger.info("vLLM has loaded %s in %.0f s", c.path, time.monotonic() - started)
 
     async def generate(self, request: Request) -> Reply:
         """Raises BadInput for a picture or prompt that cannot be served, vLLM's errors when the engine is ill."""
-        from vllm.exceptions import VLLMValidationError
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineGenerateError
 
         prompt = self._prompt(request)
         lora = self._lora()
@@ -102,8 +106,12 @@ class VllmEngine:
         try:
             async for output in self._engine.generate(prompt, self._sampling(request), number, lora_request=lora):
                 last = output
-        except (VLLMValidationError, ValueError) as error:
+        except (VLLMClientError, ValueError) as error:
             raise BadInput(f"vLLM refuses the request: {error}") from None
+        except EngineGenerateError as error:
+            if isinstance(error.__cause__, ValueError):
+                raise BadInput(f"vLLM refuses the request: {error.__cause__}") from None
+            raise
         if last is None:
             raise RunError("vLLM ended a request without an answer")
         said = last.outputs[0]
@@ -165,6 +173,8 @@ class VllmEngine:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.shutdown()
+            self._guard.terminate()
+            self._guard.wait(10)
 
 
 def open_picture(data: bytes) -> Any:
