@@ -1,7 +1,8 @@
 """Side tables: knowledge about images that comes later (captions, masks, attributes), joined by content, never by row.
 
 A side table is `<root>/tables/<name>.side.lance`. Its key columns hold digests (hex SHA-256 of the encoded image, of a
-caption text), so a new one never rewrites images, and fits every table that holds the same images.
+caption text), so a new one never rewrites images, and fits every table that holds the same images. What the tables of one
+kind hold is said where they are read: caption groups (RDA) in data/captions.py.
 """
 
 from __future__ import annotations

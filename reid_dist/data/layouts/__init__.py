@@ -11,6 +11,7 @@ import importlib
 import pkgutil
 from functools import cache
 
+from reid_dist.data.layouts._captions import CaptionSet
 from reid_dist.data.layouts.base import Layout
 from reid_dist.errors import UserError
 
@@ -38,3 +39,14 @@ def get(name: str) -> Layout:
     near = difflib.get_close_matches(name.lower(), names(), n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names())}"
     raise UserError(f"unknown dataset layout {name!r}: {hint}")
+
+
+def caption_set(name: str) -> CaptionSet:
+    """How the caption set called `name` is written. Raises UserError when the layout has no captions."""
+    get(name)
+    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    found = [value for module in modules if isinstance(value := getattr(module, "SET", None), CaptionSet)]
+    sets = {value.name: value for value in found}
+    if name not in sets:
+        raise UserError(f"layout {name} has no captions; those that have: {', '.join(sorted(sets))}")
+    return sets[name]

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reid_dist.data.captions import Groups
 from reid_dist.data.layouts._files import Folder
 from reid_dist.data.layouts.base import Sample, Tree
 from reid_dist.data.records import DatasetError, Record
 
 SPLITS = ("train", "val", "test")
 DIVERSITY = ("diversity_captions", "val_diversity_captions")
-Groups = tuple[tuple[str, ...], ...]  # of one caption: sub-sentences, each a group of paraphrases
 _USED = {"split", "id", "captions"}
 _IMAGE = re.compile(r"(?i).+\.(?:jpg|jpeg|png|bmp)")
 
@@ -68,19 +68,32 @@ class CaptionSet:
     def diversity(self, tree: Tree) -> dict[str, tuple[Groups, ...]]:
         """{image path: per caption its groups of interchangeable sub-sentences} of the entries that have them (RDA).
 
-        The file holds, parallel to `captions`, a text (one group of one) or a list of groups; test entries may call it
-        `val_diversity_captions`. Raises DatasetError naming the entry when lengths or kinds are wrong.
+        Raises DatasetError naming the entry when lengths or kinds are wrong.
         """
         path = tree.one_of(*self._names(tree))
-        found: dict[str, tuple[Groups, ...]] = {}
-        for number, entry in enumerate(tree.read_json(path)):
+        found = self.grouped(tree.read_json(path), f"{tree.store.uri}: {path}")
+        return {image: tuple(groups for _, groups in entry) for image, entry in found.items()}
+
+    def grouped(self, entries: Any, where: str) -> dict[str, list[tuple[str, Groups]]]:
+        """{image path: [(caption, its groups)]} of an annotation file's entries that have groups (RDA).
+
+        They hold, parallel to `captions`, a text (one group of one) or a list of groups (what is left over at the end
+        counts for nothing, as with the authors); test entries may call it `val_diversity_captions`. Raises DatasetError
+        naming the entry when lengths or kinds are wrong.
+        """
+        if not isinstance(entries, list):
+            raise DatasetError(f"{where}: expected a list of images, found {type(entries).__name__}")
+        found: dict[str, list[tuple[str, Groups]]] = {}
+        for number, entry in enumerate(entries):
             key = next((key for key in DIVERSITY if key in entry), None)
             if key is None:
                 continue
-            where = f"{tree.store.uri}: {path}, entry {number}"
-            if not isinstance(entry[key], list) or len(entry[key]) != len(entry["captions"]):
-                raise DatasetError(f"{where}: {key} must be a list of {len(entry['captions'])}, one for each caption")
-            found[self.folder + entry[self.image_key]] = tuple(_groups(item, f"{where}: {key}") for item in entry[key])
+            here = f"{where}, entry {number}"
+            captions, image = self._field(entry, "captions", here), self._field(entry, self.image_key, here)
+            if not isinstance(entry[key], list) or len(entry[key]) < len(captions):
+                raise DatasetError(f"{here}: {key} must be a list of {len(captions)}, one for each caption")
+            groups = [_groups(item, f"{here}: {key}") for item in entry[key][: len(captions)]]
+            found[self.folder + image] = list(zip(captions, groups, strict=True))
         return found
 
     def _names(self, tree: Tree) -> tuple[str, ...]:

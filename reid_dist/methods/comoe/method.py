@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from reid_dist import losses as shared
 from reid_dist.config import OptimConfig, Recipe, ScheduleConfig
+from reid_dist.data.captions import caption_pairs
 from reid_dist.data.draws import row_rng
 from reid_dist.data.samplers import EpochPlan, IdentityPlan, ShufflePlan
 from reid_dist.data.text import clip_tokenizer, draw_masked
@@ -55,14 +56,6 @@ def arch_of(config: Config) -> ClipArchitecture:
     return architecture(
         config.arch, image_size=config.image_size, stride=config.stride, context_length=config.text_length
     )
-
-
-def caption_pairs(view: TableView) -> np.ndarray:
-    """int64 [M, 2]: (row, caption number) of every caption of a view, in row order."""
-    counts = [len(captions) for captions in view.captions]
-    rows = np.repeat(np.arange(len(counts)), counts)
-    numbers = np.concatenate([np.arange(count) for count in counts] or [np.zeros(0, dtype=np.int64)])
-    return np.stack([rows, numbers], axis=1).astype(np.int64)
 
 
 def group_parameters(named: Iterable[tuple[str, bool]], optim: OptimConfig, config: Config) -> list[ParamGroup]:
