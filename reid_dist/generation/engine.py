@@ -75,6 +75,8 @@ class VllmEngine:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self.config.cpu_cache_gb))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if os.path.isdir(self.config.path):
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the folder is whole: ask nobody about it
         # The core's child must see the same environment as we do; fork after threads have started is unsafe.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         from vllm.engine.arg_utils import AsyncEngineArgs
