@@ -15,12 +15,14 @@ from jobs import generate as job_module
 from jobs._generation import ModelOptions, prepare
 from jobs.generate import GenerateOptions, generate, main
 from reid_dist.config import DataConfig
+from reid_dist.data.captions import caption_pairs, open_caption_groups
 from reid_dist.data.records import Record as TableRecord
 from reid_dist.data.side import open_side_table
 from reid_dist.data.store import open_view
 from reid_dist.data.synthetic import World
 from reid_dist.data.synthetic.parts import part_mask
 from reid_dist.data.synthetic.shots import text_shots
+from reid_dist.data.synthetic.words import read_phrases
 from reid_dist.errors import UserError
 from reid_dist.generation.ledger import Ledger
 from reid_dist.generation.messages import Request
@@ -108,6 +110,29 @@ def test_describe_writes_answers_once(root: str, small: str, calls: list[Request
         "units": 8, "in_ledger": 8, "calls": 0, "prompt_tokens": 0, "completion_tokens": 0, "engine_hours": 0.0, "rate": 0,
         "rate_is": "measured",
     }  # fmt: skip
+
+
+def test_groups_are_what_text_methods_read(root: str, small: str, calls: list[Request], truth: Truth) -> None:
+    record = generate("rda", ("people",), GenerateOptions(root=root, model=small))
+    view = open_view(DataConfig(root=root), ("people",))
+    pairs = caption_pairs(view)
+    table = open_caption_groups(DataConfig(root=root), ("people-rda",), view, pairs)
+    assert (table.missing, record["error_rows"]) == (0, 0)
+    assert record["captions"] == len({(int(row), view.captions[row][number]) for row, number in pairs})
+    assert record["calls"] == 8 * 14, "with the small model everything after the description is a rule"
+    for (row, number), groups in zip(pairs.tolist(), table.of(np.arange(len(pairs))), strict=True):
+        shot, drawing = truth.by_image[view.encoded([row])[0]]
+        stated = read_phrases(view.captions[row][number])
+        enriched = {name: value for group in groups for name, value in read_phrases(group[0]).items()}
+        assert stated.items() <= enriched.items(), "what the witness said stays"
+        added = {name: value for name, value in enriched.items() if name not in stated}
+        assert added.items() <= shot.person.attributes.items(), "what is added is true of the picture"
+        assert set(added) <= drawing.visible()
+        assert all(read_phrases(wording) == read_phrases(group[0]) for group in groups for wording in group)
+    page = Path(record["report"]).read_text()
+    assert "Original captions" in page
+    again = generate("rda", ("people",), GenerateOptions(root=root, model=small))
+    assert again["calls"] == 0
 
 
 def test_boxes_become_masks_that_cover_the_exact_ones(
