@@ -116,7 +116,6 @@ def generate(kind: str, tables: tuple[str, ...], options: GenerateOptions, plan_
 def publish_groups(job: Any, view: Any, options: GenerateOptions, name: str, source: str) -> Written:
     """Enriched captions as a side table."""
     from reid_dist.data.captions import CaptionGroups, caption_digest, write_caption_groups
-
     from reid_dist.generation.stages import enrich
 
     captions: dict[str, tuple[int, list[str]]] = {}
