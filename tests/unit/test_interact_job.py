@@ -117,3 +117,32 @@ def test_words_are_checked() -> None:
         main([])
     with pytest.raises(UserError, match="unknown option"):
         main(["run", "--aloud"])
+
+
+def test_a_text_run_is_encoded_by_its_own_protocol_and_texts_encode_as_captions_do(tmp_path: Path) -> None:
+    from jobs.interact import encode
+    from reid_dist import methods
+    from reid_dist.data.store import open_view
+    from reid_dist.methods.spec import TrainingData
+    from reid_dist.training.loaded import fresh_model
+    from tests.worlds import small_tables
+
+    recipe = methods.load_recipe("comoe/tiny", [f"data.root={tmp_path}"])
+    small_tables(tmp_path, recipe)
+    spec = methods.get(recipe.method)
+    train = open_view(recipe.data, recipe.data.train, ("train",))
+    loaded = fresh_model(recipe, spec.facts(TrainingData(train, None)), None, "start")
+    whole = open_view(recipe.data, recipe.data.test)
+    encoded = encode(loaded, whole)
+    test = whole.select(np.asarray(whole.split) == "test")
+    assert len(encoded.gallery_rows) == len(test)
+    assert sorted(encoded.texts) == sorted(text for texts in test.captions for text in texts)
+    assert whole.digests(encoded.gallery_rows) == list(encoded.gallery_images)
+    assert set(whole.split[encoded.gallery_rows]) == {"test"}
+    for i in (0, len(encoded.texts) - 1):
+        row = next(row for row in range(len(test)) if encoded.texts[i] in test.captions[row])
+        assert test.pid[row] == encoded.labels[0].pid[i]
+    again = encoded.encode(encoded.texts)
+    for name, values in encoded.query.items():
+        np.testing.assert_allclose(again[name], values, atol=1e-5)
+    assert len(encode(loaded, whole, queries=3).texts) == 3
