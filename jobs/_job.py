@@ -34,6 +34,13 @@ def record_in(store: Callable[[dict[str, Any]], None]) -> None:
     _store_record[:] = [store]
 
 
+def finish_record(record: dict[str, Any]) -> None:
+    """Give `record` to the current store now, and nothing more: a job of several runs goes on with the next one."""
+    for store in _store_record:
+        store({**record, "exit_code": 0})
+    _store_record.clear()
+
+
 def set_up_logging() -> None:
     """One line per event on stderr; REID_LOG sets the level."""
     logging.basicConfig(

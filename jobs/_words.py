@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jobs._trials import TrialOptions
 from reid_dist.config import apply_overrides, typed
 from reid_dist.errors import UserError
 from reid_dist.evaluation.pipeline import Expansion, Options, Rerank
@@ -37,7 +38,7 @@ class ScoreOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(ScoreOptions):
+class RunOptions(ScoreOptions, TrialOptions):
     """Scoring a run."""
 
     checkpoint: str = "best"

@@ -8,6 +8,7 @@ Scoring a file imports neither Ray, DeepSpeed nor vLLM unless shards= is given.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -24,6 +25,7 @@ USAGE = """usage: python -m jobs.evaluate RUN [checkpoint=best|last|start|step-N
   checkpoint=    best on the selection split (default; the last where nothing selects), last, start (untrained), step-N
   protocol=      default: the method's own (evaluation/protocols.py)
   trial=N        one train/test division of a set that has several; a model trained on that set has its own
+  trials=all     RUN is the name of a training with trials=all: every division by its own model, and their mean
   data.test=[t]  tables to score, default those of the recipe
   --plan         print what would run, start nothing
   --features     npz or Parquet with feat [N, D], pid, camid, split (query, gallery); some protocols want modality,
@@ -63,6 +65,10 @@ def main(argv: list[str]) -> dict[str, Any]:
 
         return search(single["search"], taken["query"], split_options(SearchOptions, values, rest_allowed=False)[0])
     options, overrides = split_options(RunOptions, values, rest_allowed=True)
+    if options.trials is not None:
+        from jobs._trials import evaluate_trials
+
+        return evaluate_trials(words[0], options, overrides, "--plan" in flags)
     return evaluate_run(words[0], options, overrides, "--plan" in flags)
 
 
@@ -95,7 +101,10 @@ def evaluate_run(word: str, options: Any, overrides: list[str], plan_only: bool 
     refuse_new_leaks(loaded, whole)
     view = tested(whole)
     protocol = get_protocol(options.protocol or recipe.evaluation.protocol or spec.protocol)
-    trial = trial_of(protocol, view, recipe, tables, options.trial)
+    asked = options.trial
+    if asked is None and recipe.data.trial != trained_on(loaded).trial:
+        asked = recipe.data.trial
+    trial = trial_of(protocol, view, trained_on(loaded), tables, asked)
     retrieval = plan_retrieval(protocol, view, trial=trial, permutations=permutations_of(options, protocol))
     counts = {kind: len(side.rows) for kind, side in retrieval.sides.items()}
     logger.info("%s on %s by protocol %s: %s", loaded.checkpoint, ", ".join(tables), protocol.name, counts)
@@ -160,16 +169,24 @@ def make_encoder(word: str, which: str, overrides: list[str]) -> Any:
     return lambda side: encode_side(loaded, view, side)
 
 
-def trial_of(protocol: Any, view: Any, recipe: Any, tables: Any, asked: int | None) -> int | None:
+def trained_on(loaded: Any) -> Any:
+    """The DataConfig that the model was trained with, whatever this job's words change of it."""
+    from reid_dist.config import DataConfig, typed
+
+    return loaded.recipe.data if loaded.run is None else typed(DataConfig, loaded.run.facts["recipe"]["data"], "data")
+
+
+def trial_of(protocol: Any, view: Any, trained: Any, tables: Any, asked: int | None) -> int | None:
     """The train/test division to score, None for all that the tables have.
 
-    Where each division has its own training identities (RegDB; any set that the model was trained on), the model counts
-    for its own alone: they are among the test identities of the others. Raises UserError for another one.
+    Where each division has its own training identities (RegDB; any set that the model was trained on, by its DataConfig
+    `trained`), the model counts for its own alone: they are among the test identities of the others. Raises UserError
+    for another one.
     """
     from reid_dist.evaluation.protocols import EvaluationError, check_trial
 
-    own = recipe.data.trial
-    if view.num_trials == 1 or not set(tables) & set(recipe.data.train):
+    own = trained.trial
+    if view.num_trials == 1 or not set(tables) & set(trained.train):
         return asked
     try:
         check_trial(protocol, own if asked is None else asked, own)
@@ -190,9 +207,9 @@ def refuse_new_leaks(loaded: Any, whole: Any) -> None:
 
     if loaded.run is None:  # what a published checkpoint was trained on, no table says
         return
-    data, known = loaded.recipe.data, loaded.run.card()["recipe"]["data"]
-    if {table.name for table in whole.tables} - {*known["test"], *known["train"]}:
-        check_leaks(open_view(data, data.train, ("train",)), whole)
+    data, known = loaded.recipe.data, trained_on(loaded)
+    if {table.name for table in whole.tables} - {*known.test, *known.train}:
+        check_leaks(open_view(dataclasses.replace(data, trial=known.trial), known.train, known.train_splits), whole)
 
 
 def store_evaluation(loaded: Any, view: Any, retrieval: Any, features: Any, record: dict[str, Any], ap: Any) -> str:

@@ -14,39 +14,58 @@ from reid_dist.errors import UserError
 
 USAGE = """usage: python -m jobs.report RUN [out=FILE] [data.root=URI]
   RUN    a run's folder or s3:// prefix, evaluated before by jobs.evaluate
-  out=   where the page goes; default: report.html in the run"""
+  out=   where the page goes; default: report.html in the run
+  trials=all   RUN is the name of a training with trials=all: one page of all divisions"""
 
 logger = logging.getLogger("reid_dist.jobs.report")
 
 
 def main(argv: list[str]) -> dict[str, Any]:
+    from jobs._trials import TrialOptions, report_trials
+    from jobs._words import split_options
+
     words, values, flags = split_words(argv, USAGE)
     refuse_unknown_flags(flags, set(), USAGE)
+    several, values = split_options(TrialOptions, values, rest_allowed=True)
     options = dict(word.split("=", 1) for word in values)
     unknown = sorted(set(options) - {"out", "data.root"})
     if len(words) != 1 or unknown:
         raise UserError(f"unknown {', '.join(unknown)}. {USAGE.splitlines()[0]}" if unknown else USAGE.splitlines()[0])
-    return report(words[0], options.get("out"), options.get("data.root"))
+    out, root = options.get("out"), options.get("data.root")
+    return report(words[0], out, root) if several.trials is None else report_trials(words[0], several.trials, out, root)
 
 
 def report(uri: str, out: str | None = None, root: str | None = None) -> dict[str, Any]:
     """Write the page; returns the job's record."""
-    from reid_dist.reporting import render_report
     from reid_dist.runs import Run
 
     run = Run.read(uri)
-    evaluations = [json.loads(run.store.read(entry.key)) for entry in run.store.list("evaluations/")]
-    if not evaluations:
-        raise UserError(f"{uri} was not evaluated yet: python -m jobs.evaluate {uri}")
-    page = render_report(page_input(run.card(), run.metrics(), evaluations, root))
+    evaluations = stored_evaluations(run)
+    place = write_page(page_input(run.card(), run.metrics(), evaluations, root), run.store, out)
+    return {"run": run.uri, "report": place, "evaluations": len(evaluations)}
+
+
+def stored_evaluations(run: Any) -> list[dict[str, Any]]:
+    """What jobs.evaluate stored in a run. Raises UserError when that is nothing."""
+    found = [json.loads(run.store.read(entry.key)) for entry in run.store.list("evaluations/")]
+    if not found:
+        raise UserError(f"{run.uri} was not evaluated yet: python -m jobs.evaluate {run.uri}")
+    return found
+
+
+def write_page(page: Any, store: Any, out: str | None) -> str:
+    """Render a page into the file `out`, else as report.html of `store`; returns the place."""
+    from reid_dist.reporting import render_report
+
+    text = render_report(page)
     if out:
         with open(out, "w", encoding="utf-8") as file:
-            file.write(page)
+            file.write(text)
     else:
-        run.store.write("report.html", page.encode())
-    place = out or f"{run.uri}/report.html"
-    logger.info("report: %s (%.0f kB)", place, len(page) / 1000)
-    return {"run": run.uri, "report": place, "evaluations": len(evaluations)}
+        store.write("report.html", text.encode())
+    place = out or f"{store.uri}/report.html"
+    logger.info("report: %s (%.0f kB)", place, len(text) / 1000)
+    return place
 
 
 def page_input(

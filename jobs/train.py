@@ -20,6 +20,7 @@ USAGE = """usage: python -m jobs.train RECIPE [key=value ...] [--plan]
   RECIPE       a .yaml file, or method/recipe (python -m jobs.train --list shows them)
   key=value    overrides, for example training.num_workers=4 optim.lr=1e-4 output=s3://bucket/runs
   init=        run:URI or authors:PATH: start weights
+  trials=all   one run per train/test division of the set, NAME-trial-0 and on (or trials=[0,1])
   --plan       print what would run, start nothing
   --list       list methods and shipped recipes"""
 
@@ -29,13 +30,17 @@ logger = logging.getLogger("reid_dist.jobs.train")
 def main(argv: list[str]) -> dict[str, Any]:
     words, overrides, flags = split_words(argv, USAGE)
     refuse_unknown_flags(flags, {"--plan", "--list"}, USAGE)
+    from jobs._trials import TrialOptions, train_trials
+    from jobs._words import split_options
     from reid_dist import methods
 
     if "--list" in flags:
         return {"methods": methods.names(), "recipes": methods.recipes()}
     if len(words) != 1:
         raise UserError(f"name one recipe, got {words or 'none'}; shipped: {', '.join(methods.recipes())}")
-    return train(methods.load_recipe(words[0], overrides), plan_only="--plan" in flags)
+    options, overrides = split_options(TrialOptions, overrides, rest_allowed=True)
+    recipe, plan_only = methods.load_recipe(words[0], overrides), "--plan" in flags
+    return train(recipe, plan_only) if options.trials is None else train_trials(recipe, options.trials, plan_only)
 
 
 def train(recipe: Recipe, plan_only: bool = False) -> dict[str, Any]:
@@ -52,7 +57,9 @@ def train(recipe: Recipe, plan_only: bool = False) -> dict[str, Any]:
     if spec.check:
         spec.check(recipe)
     data = open_data(recipe)
-    check_leaks(data.train, open_view(recipe.data, recipe.data.test or recipe.data.train))
+    tested = open_view(recipe.data, recipe.data.test or recipe.data.train)
+    check_leaks(data.train, tested)
+    check_start(recipe, tested)
     plan = plan_of(recipe, list(spec.stages(recipe, data)), data)
     for key, value in plan.items():
         logger.info("plan: %s = %s", key, value)
@@ -96,6 +103,36 @@ def train(recipe: Recipe, plan_only: bool = False) -> dict[str, Any]:
         "restarts": sum(note["kind"] == "restart" for note in run.notes()),
         "startup_s": {key: round(value, 2) for key, value in startup.items()},
     }
+
+
+def check_start(recipe: Recipe, tested: Any) -> None:
+    """Refuse start weights of a run that learned from people who are tested here. Raises UserError.
+
+    So a model of one RegDB division cannot start the training of another. Tables that are not under data.root cannot be
+    looked at, which is said.
+    """
+    import dataclasses
+
+    from reid_dist.config import DataConfig, typed
+    from reid_dist.data.leaks import LeakError, check_leaks
+    from reid_dist.data.store import open_view, table_uri
+    from reid_dist.runs import Run
+    from reid_dist.storage import open_store
+
+    if not recipe.init.startswith("run:"):
+        return
+    known = typed(DataConfig, Run.read(recipe.init.removeprefix("run:")).facts["recipe"]["data"], "data")
+    root = recipe.data.root
+    here = [name for name in known.train if open_store(table_uri(root, name)).list("_versions/")]
+    if len(here) < len(known.train):
+        logger.warning("init: tables %s are not under %s, so whether they hold tested people was not looked at",
+                       ", ".join(sorted(set(known.train) - set(here))), root)  # fmt: skip
+    if not here:
+        return
+    try:
+        check_leaks(open_view(dataclasses.replace(recipe.data, trial=known.trial), here, known.train_splits), tested)
+    except LeakError as error:
+        raise UserError(f"init={recipe.init} was trained on people who are tested here: {error}") from None
 
 
 def plan_of(recipe: Recipe, stages: list[Any], data: Any) -> dict[str, Any]:

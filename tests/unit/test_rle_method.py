@@ -26,6 +26,7 @@ from reid_dist.methods.rle.model import build_network, stripe_heights
 from reid_dist.methods.rle.transforms import Chain
 from reid_dist.methods.rle.weights import import_weights, our_name
 from reid_dist.methods.spec import EvalSide, ModelFacts, PlanPart, TrainingData
+from reid_dist.models.published import read_published
 from tests.unit.rle_view import PairView
 
 TINY = Config(arch="resnet-tiny", weights="", image_size=(48, 24), instances=2)
@@ -237,6 +238,30 @@ def test_imagenet_weights_from_a_file(tmp_path: Path) -> None:
         METHOD.start(build_network(TINY, 3), dataclasses.replace(TINY, weights="imagenet"))  # type: ignore[misc]
 
 
+def test_imagenet_weights_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's first weights, checked by their hash; without a network the message names the file to fetch."""
+    from torchvision.models import _api, resnet50
+
+    with torch.device("meta"):
+        shapes = resnet50(weights=None).state_dict()
+    state = {name: torch.tensor(float(i)).expand(t.shape) for i, (name, t) in enumerate(shapes.items())}
+    asked: list[tuple[str, bool]] = []
+
+    def fetch(url: str, check_hash: bool = False, **_: object) -> dict[str, torch.Tensor]:
+        asked.append((url.rpartition("/")[2], check_hash))
+        if len(asked) > 1:
+            raise OSError("no route to host")
+        return state
+
+    monkeypatch.setattr(_api, "load_state_dict_from_url", fetch)
+    model = build_network(Config(), 0)
+    METHOD.start(model, Config())  # type: ignore[misc]
+    assert torch.equal(model.state_dict()["trunk.layer4.2.conv3.weight"], state["layer4.2.conv3.weight"])
+    with pytest.raises(UserError, match=r"no route to host.*resnet50-0676ba61\.pth"):
+        METHOD.start(model, Config())  # type: ignore[misc]
+    assert asked == [("resnet50-0676ba61.pth", True)] * 2
+
+
 # ---- released checkpoints
 
 
@@ -268,6 +293,30 @@ def test_released_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
     assert "100.00 % of our parameters" in caplog.text
     assert "dropped" in caplog.text
     assert "middle_module.middle " in caplog.text
+
+
+class Runs:
+    """What a harmful file would hold: unpickled, it opens a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+def test_released_file_with_its_scores_is_read(tmp_path: Path) -> None:
+    """The authors save {net, cmc, mAP, mINP, epoch} with NumPy values; nothing else than such values is admitted."""
+    torch.manual_seed(1)
+    source = build_network(TINY, 5)
+    scores = {"cmc": np.linspace(0, 1, 20), "mAP": np.float64(0.7), "mINP": np.float32(0.6), "epoch": 120}
+    torch.save({"net": released(source), **scores}, tmp_path / "best.pth")
+    assert set(import_weights(source, read_published(str(tmp_path / "best.pth")))) == set(source.state_dict())
+    harmful = {"net": released(source), "cmc": np.array([Runs(tmp_path / "hit")], dtype=object)}
+    torch.save(harmful, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match="not a file of plain tensors"):
+        read_published(str(tmp_path / "bad.pth"))
+    assert not (tmp_path / "hit").exists()
 
 
 def test_released_checkpoint_without_last_stage_and_with_other_classes(caplog: pytest.LogCaptureFixture) -> None:

@@ -62,12 +62,12 @@ def test_each_division_trains_and_tests_on_its_own_people(root: Path) -> None:
 def test_a_model_of_another_division_is_refused(root: Path) -> None:
     chosen, protocol = recipe(root, 3), get("regdb-visible-to-thermal")
     view = open_view(chosen.data, (TABLE,))
-    assert trial_of(protocol, view, chosen, (TABLE,), None) == 3
-    assert trial_of(protocol, view, chosen, (TABLE,), 3) == 3
+    assert trial_of(protocol, view, chosen.data, (TABLE,), None) == 3
+    assert trial_of(protocol, view, chosen.data, (TABLE,), 3) == 3
     with pytest.raises(
         UserError, match="trial 0 must be scored by the model of trial 0, this one was trained on trial 3"
     ):
-        trial_of(protocol, view, chosen, (TABLE,), 0)
+        trial_of(protocol, view, chosen.data, (TABLE,), 0)
 
 
 def test_a_division_that_is_not_there_is_refused(root: Path) -> None:
