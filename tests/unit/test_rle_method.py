@@ -231,7 +231,7 @@ def test_imagenet_weights_from_a_file(tmp_path: Path) -> None:
     for stem in ("visible_stem", "infrared_stem"):
         assert torch.equal(own[f"{stem}.conv1.weight"], state["conv1.weight"])
     assert torch.equal(own["trunk.layer3.5.conv3.weight"], state["layer3.5.conv3.weight"])
-    torch.save({"epoch": 3}, tmp_path / "other.pth")
+    torch.save({"fc.weight": torch.ones(3)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="holds no resnet50"):
         METHOD.start(model, Config(weights=str(tmp_path / "other.pth")))  # type: ignore[misc]
     with pytest.raises(UserError, match="no ImageNet weights"):
