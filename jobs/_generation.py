@@ -63,7 +63,6 @@ class Answering:
     speak: Any
     engine: Any  # EngineConfig
     ledger: str
-    seen_size: tuple[int, int]
 
     def source(self, stages: Sequence[str]) -> str:
         """What a side table says about its making: equal sources give comparable tables."""
@@ -72,13 +71,10 @@ class Answering:
         return f"model {self.model.digest[:12]}{adapter} {' '.join(versions)}"
 
 
-def prepare(options: ModelOptions, tables: Sequence[str], height: int = 64, width: int = 32) -> Answering:
-    """Find and check the model; nothing is started. height, width: of the pictures, for boxes in pixels.
-
-    Raises UserError.
-    """
+def prepare(options: ModelOptions, tables: Sequence[str]) -> Answering:
+    """Find and check the model; nothing is started. Raises UserError."""
     from reid_dist.generation.engine import EngineConfig
-    from reid_dist.generation.image_budget import FACTOR, PIXELS, seen_size
+    from reid_dist.generation.image_budget import PIXELS
     from reid_dist.generation.ledger import Maker
     from reid_dist.generation.model_folder import adapter_digest, find_model
     from reid_dist.generation.stages import dialogues
@@ -99,10 +95,9 @@ def prepare(options: ModelOptions, tables: Sequence[str], height: int = 64, widt
     )  # fmt: skip
     adapter = adapter_digest(options.adapter, model) if options.adapter else ""
     place = options.ledger or f"{options.root.rstrip('/')}/ledger/{'+'.join(tables)}"
-    size = seen_size(height, width, FACTOR, pixels, pixels) if pixels else (height, width)
     speak = dialogues(options.prompts or model.prompts, options.answers)
     maker = Maker(model.digest, adapter, engine.settings)
-    return Answering(options, model, maker, speak, engine, open_store(place).uri, size)
+    return Answering(options, model, maker, speak, engine, open_store(place).uri)
 
 
 def make_job(answering: Answering, tables: Sequence[str], splits: Sequence[str], view: Any) -> Any:
@@ -116,7 +111,7 @@ def make_job(answering: Answering, tables: Sequence[str], splits: Sequence[str],
     hosting = Hosting(
         engine=answering.engine, model=options.model, revision=options.revision, data=options.data,
         tables=tuple(tables), splits=tuple(splits), prompts=answering.speak.family, answers=options.answers,
-        ledger=answering.ledger, attempt=0, stage="", version="", maker=answering.maker, seen_size=answering.seen_size,
+        ledger=answering.ledger, attempt=0, stage="", version="", maker=answering.maker,
     )  # fmt: skip
     gpus = 1.0 if _gpus() else 0.0
     runner = RayRunner(hosting, options.engines_min, options.engines, 1.0, gpus)

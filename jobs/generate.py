@@ -42,6 +42,7 @@ logger = logging.getLogger("reid_dist.jobs.generate")
 Written = tuple[dict[str, Any], dict[str, dict[str, list[str]]]]  # facts; per image digest what the page lists
 STAGES = {"rda": ("describe", "merge", "split", "paraphrase"), "masks": ("ground",), "describe": ("describe",)}
 SUFFIX = {"rda": "rda", "masks": "masks", "describe": "answers"}
+SMALL_TOKENS = 8  # of a picture, as the small model sees it
 SHOWN = 8  # pictures on the page
 SENTENCES = 6  # of a merged caption, for estimates: unique sentences are far fewer in a corpus
 
@@ -85,7 +86,7 @@ def generate(kind: str, tables: tuple[str, ...], options: GenerateOptions, plan_
     captions = sum(len(texts) for texts in view.captions)
     if kind == "rda" and not captions:
         raise UserError(f"{', '.join(tables)}: there are no captions to enrich in split {options.split}")
-    answering = prepare(options, tables, int(np.median(view.height)), int(np.median(view.width)))
+    answering = prepare(options, tables)
     name = options.name or f"{'+'.join(tables)}-{SUFFIX[kind]}"
     source = answering.source(STAGES[kind])
     refuse_other_source(options.root, name, source)
@@ -217,6 +218,8 @@ def write_page(kind: str, job: Any, view: Any, name: str, source: str, lists: di
 
 def plan(kind: str, view: Any, answering: Answering, options: GenerateOptions) -> dict[str, Any]:
     """Units, calls, tokens and engine-hours per stage: upper bounds where earlier stages decide."""
+    import numpy as np
+
     from reid_dist.generation.image_budget import visual_tokens
     from reid_dist.generation.ledger import Ledger
     from reid_dist.storage import open_store
@@ -225,7 +228,8 @@ def plan(kind: str, view: Any, answering: Answering, options: GenerateOptions) -
     units = {"describe": images, "merge": captions, "split": captions, "paraphrase": captions * SENTENCES,
              "ground": 3 * images}  # fmt: skip
     pixels = answering.engine.pixels
-    picture = visual_tokens(answering.seen_size[0], answering.seen_size[1], pixels=pixels) if pixels else 8
+    middle = (int(np.median(view.height)), int(np.median(view.width)))
+    picture = visual_tokens(*middle, pixels=pixels) if pixels else SMALL_TOKENS
     ledger = Ledger(open_store(answering.ledger))
     stages: dict[str, Any] = {}
     for stage in STAGES[kind]:

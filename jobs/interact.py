@@ -95,7 +95,7 @@ def interact(run: str, options: InteractOptions, overrides: list[str], flags: se
     options = replace(options, root=options.root or data.root, cache=options.cache or data.cache)
     tables = tuple(data.test or data.train)
     whole = open_view(data, tables)
-    answering = prepare(options, tables, int(np.median(whole.height)), int(np.median(whole.width)))
+    answering = prepare(options, tables)
     encoded = encode(loaded, whole, options.queries)
     facts = {"queries": len(encoded.texts), "gallery": len(encoded.gallery_rows), "checkpoint": loaded.checkpoint}
     if "--plan" in flags:

@@ -213,7 +213,6 @@ class Hosting:
     stage: str
     version: str
     maker: Maker
-    seen_size: tuple[int, int] = (0, 0)
 
 
 class Host:
@@ -230,7 +229,7 @@ class Host:
         engine = replace(hosting.engine, path=find_model(hosting.model, hosting.revision, hosting.maker.model).path)
         self.ask = Supervised(lambda: VllmEngine(engine), engine.stall_s)
         speak = dialogues(hosting.prompts, hosting.answers)
-        self.answerer = Answerer(speak, self.ask, lambda row: view.encoded([row])[0], hosting.seen_size)
+        self.answerer = Answerer(speak, self.ask, lambda row: view.encoded([row])[0], engine.pixels)
 
     def __del__(self) -> None:
         """Ray Data drops the object when the actor ends in order."""

@@ -8,14 +8,16 @@ so captions of one image share its description; paraphrases by the sentence alon
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from reid_dist.generation.dialogues import Dialogues, ModelDialogues, observations
+from reid_dist.generation.image_budget import FACTOR, seen_size
 from reid_dist.generation.interaction import Policy, find_anchor
 from reid_dist.generation.ledger import Ledger, Maker, Record, Unit
-from reid_dist.generation.messages import Ask, Outcome, Reply
+from reid_dist.generation.messages import Ask, BadInput, Outcome, Reply
 from reid_dist.generation.parsing import normalised
 from reid_dist.generation.prompts import family
 from reid_dist.generation.shards import (
@@ -49,7 +51,9 @@ class Answerer:
     speak: Dialogues
     ask: Ask
     images: Images
-    seen_size: tuple[int, int] = (0, 0)  # of pictures as the model sees them, for boxes in pixels
+    pixels: int = (
+        0  # budget of every picture, for boxes in pixels of what the model saw; 0: it saw the picture as it is
+    )
 
     async def __call__(self, stage: str, unit: Unit) -> Outcome:
         """Raises BadInput, and what the engine raises."""
@@ -61,7 +65,8 @@ class Answerer:
         if stage == "search":
             return await self._search(data)
         if stage == "ground":
-            return await self.speak.ground(self.ask, await self._image(data), data["part"], self.seen_size)
+            image = await self._image(data)
+            return await self.speak.ground(self.ask, image, data["part"], seen_picture(image, self.pixels))
         if stage == "merge":
             return await self.speak.merge(self.ask, data["caption"], data["answers"], data["max_words"])
         if stage == "split":
@@ -94,6 +99,18 @@ class Answerer:
         if reasons:
             return Outcome(value, "fallback", reasons[0], tuple(replies))
         return Outcome(value, replies=tuple(replies))
+
+
+def seen_picture(image: bytes, pixels: int) -> tuple[int, int]:
+    """(height, width) of a picture as the model sees it. Raises BadInput when it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            width, height = opened.size
+        return seen_size(height, width, FACTOR, pixels, pixels) if pixels else (height, width)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"the image cannot be decoded: {' '.join(str(error).split())[:200]}") from None
 
 
 class Runner(Protocol):

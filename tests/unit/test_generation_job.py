@@ -82,7 +82,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, truth: Truth) -> list[Request]:
 
     def scripted(answering: Any, tables: Any, splits: Any, view: Any) -> Job:
         ask = Supervised(lambda: ScriptedEngine(truth, asked), stall_s=10)
-        runner = InlineRunner(Answerer(answering.speak, ask, lambda row: view.encoded([row])[0], answering.seen_size))
+        runner = InlineRunner(Answerer(answering.speak, ask, lambda row: view.encoded([row])[0]))
         ledger = Ledger(open_store(answering.ledger)).take()
         return Job(ledger, answering.maker, answering.speak, runner, runner, answering.options.retry_errors, 4)
 

@@ -13,9 +13,9 @@ import pytest
 from reid_dist.errors import UserError
 from reid_dist.generation.interaction import NO_ANCHOR, Policy, blended, place_anchors, rerank
 from reid_dist.generation.ledger import Ledger, Maker
-from reid_dist.generation.messages import Reply, Request
+from reid_dist.generation.messages import BadInput, Reply, Request
 from reid_dist.generation.prompts import TOPICS
-from reid_dist.generation.stages import Answerer, InlineRunner, Job, Query, dialogues, enrich
+from reid_dist.generation.stages import Answerer, InlineRunner, Job, Query, dialogues, enrich, seen_picture
 from reid_dist.generation.supervise import Supervised
 from reid_dist.storage import open_store
 from tests.scripted import ScriptedEngine
@@ -52,7 +52,7 @@ def make_job(place: Path, calls: list[Request], images: dict[int, bytes] | None 
     speak = dialogues("qwen2-vl")
     pictures = images or {row: str(row).encode() for row in range(10)}
     ask = Supervised(lambda: ScriptedEngine(answer, calls), stall_s=5)
-    runner = InlineRunner(Answerer(speak, ask, pictures.__getitem__, (364, 112)))
+    runner = InlineRunner(Answerer(speak, ask, pictures.__getitem__))
     return Job(Ledger(open_store(place)).take(), Maker("model-1"), speak, runner, runner, shard=2, **options)
 
 
@@ -80,7 +80,6 @@ def test_enrichment_asks_each_image_and_each_sentence_once_and_a_second_run_noth
 
 def test_a_broken_picture_becomes_an_error_row_and_is_asked_again_only_when_told(tmp_path: Path) -> None:
     from reid_dist.generation.engine import open_picture
-    from reid_dist.generation.messages import BadInput
 
     calls: list[Request] = []
     job = make_job(tmp_path, calls)
@@ -135,8 +134,20 @@ def test_search_asks_a_query_only_what_can_change_it(tmp_path: Path) -> None:
     assert later == []
 
 
+def test_boxes_in_pixels_are_of_the_picture_as_the_model_saw_it(tmp_path: Path) -> None:
+    speak = dialogues("qwen2.5-vl")
+    said = '[{"bbox_2d": [56, 91, 112, 182], "label": "head"}]'
+    ask = Supervised(lambda: ScriptedEngine(lambda request: said, []), stall_s=5)
+    for pixels, box in ((50176, [0.5, 0.25, 1.0, 0.5]), (0, [56 / 128, 91 / 384, 112 / 128, 182 / 384])):
+        runner = InlineRunner(Answerer(speak, ask, lambda row: _png(384, 128), pixels))
+        job = Job(Ledger(open_store(tmp_path / str(pixels))).take(), Maker("m"), speak, runner, runner)
+        assert job.ground({"a": 0})["a"]["head"].value == [pytest.approx(box)]
+    with pytest.raises(BadInput, match="decoded"):
+        seen_picture(b"no picture", 0)
+
+
 def test_grounding_gives_boxes_per_part(tmp_path: Path) -> None:
-    found = make_job(tmp_path, []).ground({"img-a": 0})
+    found = make_job(tmp_path, [], images={0: _png(384, 128)}).ground({"img-a": 0})
     assert found["img-a"]["head"].value == [[0.1, 0.1, 0.5, 0.3]]
     assert (found["img-a"]["legs"].value, found["img-a"]["legs"].status) == ([], "fallback")
 
