@@ -45,14 +45,19 @@ def find_model(name: str, revision: str = "", expected: str = "") -> ModelFolder
         )
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{name}: there are no weights (*.safetensors)")
-    files = sorted(path for path in folder.iterdir() if path.suffix in CONTENT and path.name not in IGNORED)
-    content = digest([[path.name, file_sha256(path)] for path in files])
+    content = content_digest(folder)
     if expected and content != expected:
         raise UserError(
             f"{name} has other content on node {socket.gethostname()} ({content[:12]}) than where the job was started "
             f"({expected[:12]}): give an s3:// prefix or a revision, which are the same everywhere"
         )
     return ModelFolder(str(folder), content, _family(config, folder, name))
+
+
+def content_digest(folder: Path) -> str:
+    """Digest of the files that answers depend on: weights, configuration, tokenizer, templates."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in CONTENT and path.name not in IGNORED)
+    return digest([[path.name, file_sha256(path)] for path in files])
 
 
 def _local(name: str, revision: str) -> Path:

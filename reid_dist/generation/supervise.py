@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from reid_dist.errors import RunError
+from reid_dist.errors import RunError, UserError
 from reid_dist.generation.messages import BadInput, Reply, Request
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class Supervised:
         self._engine: Engine | None = None
         self._number = 0  # of the engine; a request that failed on an older one does not restart the newer
         self._lock = asyncio.Lock()
+        self._dead = ""  # why no engine is started any more
         self.restarted = 0
 
     async def __call__(self, request: Request) -> Reply:
@@ -66,11 +67,27 @@ class Supervised:
 
     async def _current(self) -> tuple[Engine, int]:
         async with self._lock:
+            if self._dead:
+                raise EngineDied(self._dead)
             if self._engine is None:
-                self._engine = self._make()
-                await self._engine.start()
+                self._engine = await self._started()
                 self._number += 1
             return self._engine, self._number
+
+    async def _started(self) -> Engine:
+        """A new engine that says it is well. Raises UserError as it comes, EngineDied for anything else."""
+        engine = self._make()
+        try:
+            await engine.start()
+            await engine.check()
+        except UserError:
+            await _closed(engine)
+            raise
+        except Exception as error:
+            await _closed(engine)
+            self._dead = f"the engine did not start: {type(error).__name__}: {error}"[:500]
+            raise EngineDied(self._dead) from error
+        return engine
 
     async def _restart(self, number: int, cause: str) -> None:
         async with self._lock:
@@ -79,7 +96,8 @@ class Supervised:
             engine, self._engine = self._engine, None
             await _closed(engine)
             if self._left == 0:
-                raise EngineDied(f"the engine was restarted {self.restarted} times and failed again: {cause}"[:500])
+                self._dead = f"the engine was restarted {self.restarted} times and failed again: {cause}"[:500]
+                raise EngineDied(self._dead)
             self._left -= 1
             self.restarted += 1
             logger.warning("engine restarts (%s)", cause[:300])

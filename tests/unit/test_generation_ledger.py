@@ -279,6 +279,15 @@ def test_restarts_are_bounded_and_bad_input_is_no_illness() -> None:
         asyncio.run(run(ask))
     assert len(calls) == 3
 
+    calls.clear()
+    many = Supervised(lambda: ScriptedEngine(str, calls, fail=set(range(100))), stall_s=1, restarts=0)
+
+    async def all_fail() -> list[object]:
+        return await asyncio.gather(*(many(request(f"t{n}")) for n in range(20)), return_exceptions=True)
+
+    assert {type(error) for error in asyncio.run(all_fail())} == {EngineDied}
+    assert len(calls) <= 20, "nobody starts another engine for the requests that were left"
+
     def refuses(_: Request) -> str:
         raise BadInput("too long")
 
@@ -286,3 +295,29 @@ def test_restarts_are_bounded_and_bad_input_is_no_illness() -> None:
     with pytest.raises(BadInput):
         asyncio.run(run(ask))
     assert ask.restarted == 0
+
+
+def test_an_engine_that_does_not_start_is_tried_once() -> None:
+    made = []
+
+    class Stillborn(ScriptedEngine):
+        async def start(self) -> None:
+            made.append(self)
+            raise OSError("no memory")
+
+    class Sick(ScriptedEngine):
+        async def check(self) -> None:
+            made.append(self)
+            raise RuntimeError("not well")
+
+    for kind, words in ((Stillborn, "no memory"), (Sick, "not well")):
+        made.clear()
+        ask = Supervised(lambda kind=kind: kind(str, []), stall_s=1)
+
+        async def run(ask: Supervised = ask) -> list[object]:
+            return await asyncio.gather(*(ask(request(f"t{n}")) for n in range(5)), return_exceptions=True)
+
+        errors = asyncio.run(run())
+        assert {type(error) for error in errors} == {EngineDied}
+        assert words in str(errors[0])
+        assert [engine.closed for engine in made] == [1]

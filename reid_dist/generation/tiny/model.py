@@ -103,8 +103,10 @@ def make_config(tokenizer: Any) -> Any:
 
 
 def save_folder(model: Any, tokenizer: Any, folder: Path, facts: dict[str, Any]) -> None:
-    """Weights (float32 safetensors), configuration, tokenizer, processor and `recipe.json`."""
+    """Weights (float32 safetensors), configuration, tokenizer, processor, and `recipe.json` with the digest of all that."""
     from transformers import GenerationConfig, Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    from reid_dist.generation.model_folder import content_digest
 
     pixels = {"min_pixels": SIDE[0] * SIDE[1], "max_pixels": SIDE[0] * SIDE[1]}
     model.generation_config = GenerationConfig(eos_token_id=model.config.text_config.eos_token_id, do_sample=False)
@@ -112,4 +114,5 @@ def save_folder(model: Any, tokenizer: Any, folder: Path, facts: dict[str, Any])
     images, videos = Qwen2VLImageProcessor(**pixels), Qwen2VLVideoProcessor(**pixels)
     Qwen2VLProcessor(images, tokenizer, videos, chat_template=TEMPLATE).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    facts = {**facts, "digest": content_digest(folder)}
     (folder / "recipe.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
