@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 import warnings
@@ -197,6 +198,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
             marks["data"] = time.time()
             hooks = Hooks(
                 should_stop=wanted.is_set,
+                preempted=_preempted,
                 report=lambda metrics: ray.train.report(metrics),
                 evaluate=evaluator(recipe, prepared),
                 bar=_bar,
@@ -224,6 +226,16 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
         "peak_gpu_bytes": peak,
         "marks": marks,
     }
+
+
+def _preempted() -> bool:
+    """Whether a node of this run was announced to be taken away. Asks all workers at once, which costs some milliseconds, so a
+    private cluster, which nobody drains and which has no watcher, is not asked."""
+    import ray.train
+
+    if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0":
+        return False
+    return ray.train.get_preemption_info() is not None
 
 
 def _bar(**options: Any) -> Any:

@@ -43,6 +43,7 @@ class Hooks:
     """What the surroundings of the loop may do. All are called on every rank at the same points."""
 
     should_stop: Callable[[], bool] = lambda: False  # asked on rank 0; True ends the run with a checkpoint
+    preempted: Callable[[], bool] = lambda: False  # asked on every rank; True: a node will be taken away soon
     report: Callable[[dict[str, Any]], None] = lambda metrics: None  # after each epoch
     evaluate: Callable[[nn.Module, RunContext], dict[str, float]] | None = None  # on the selection split
     bar: Callable[..., Any] = tqdm  # progress bar of rank 0; gets tqdm's keywords
@@ -71,6 +72,7 @@ class Worker:
     snapshot: Snapshot | None = None  # the latest state
 
     def __post_init__(self) -> None:
+        self._drained = False
         ensure_process_group()
         self.ctx = RunContext(seed=self.recipe.seed)
         self.meter = Meter(self.ctx, self.recipe.training.log_every, self._record)
@@ -199,6 +201,10 @@ class Worker:
             if self.meter.due and self._stop_wanted():
                 self._checkpoint(stage, state, progress)
                 raise Stopped(f"stopped on request at step {progress.step}; the same command continues")
+            if self.meter.due and not self._drained and self.hooks.preempted():
+                self._drained = True
+                self._checkpoint(stage, state, progress)
+                self._await_checkpoint()
             every = training.checkpoint_every_steps
             if every and progress.step % every == 0 and progress.step_in_epoch < plan_steps:
                 self._checkpoint(stage, state, progress)
@@ -239,6 +245,14 @@ class Worker:
         if self.run is not None and self.writer is not None:
             self.run.flush_metrics()
             self.writer.save(self.snapshot)
+
+    def _await_checkpoint(self) -> None:
+        """A node goes soon: no step is taken before the checkpoint is committed, or it might go half uploaded."""
+        if self.run is not None and self.writer is not None:
+            self.writer.wait()
+            self.run.note("drain", step=self.snapshot.progress.step if self.snapshot else 0)
+        if dist.is_initialized():
+            dist.barrier()
 
     def _stop_wanted(self) -> bool:
         flag = torch.tensor([float(self.ctx.rank == 0 and self.hooks.should_stop())], device=self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -19,10 +20,8 @@ def train_toy(
     hooks = Hooks(should_stop=lambda: stop_at is not None and worker.losses[-1]["step"] >= stop_at)
     worker = Worker(recipe, toy_spec(optimizer), build_toy, None, None, hooks, torch.device("cpu"), initial=initial)  # type: ignore[arg-type]
     progress: Progress | None = None
-    try:
+    with contextlib.suppress(Stopped):
         progress = worker.train()
-    except Stopped:
-        pass
     return {
         "losses": [{k: v for k, v in record.items() if k != "rows_per_s"} for record in worker.losses],
         "weights": worker.snapshot.model if worker.snapshot else {},
@@ -32,8 +31,11 @@ def train_toy(
     }
 
 
-def train_recipe(mapping: dict[str, Any], run_uri: str | None = None, stop_at: int | None = None) -> dict[str, Any]:
-    """Train a recipe of any method on packed tables; losses of every step and the final weights."""
+def train_recipe(
+    mapping: dict[str, Any], run_uri: str | None = None, stop_at: int | None = None, drain_at: int | None = None
+) -> dict[str, Any]:
+    """Train a recipe of any method on packed tables; losses of every step and the final weights. `drain_at`: from that step on a
+    node is announced to be taken away."""
     from reid_dist.config import build_recipe
     from reid_dist.methods import get
     from reid_dist.runs import Run
@@ -43,14 +45,13 @@ def train_recipe(mapping: dict[str, Any], run_uri: str | None = None, stop_at: i
     recipe = build_recipe(mapping, lambda name: get(name).Config)
     prepared = prepare(recipe)
     hooks = Hooks(should_stop=lambda: stop_at is not None and worker.losses[-1]["step"] >= stop_at)
+    hooks.preempted = lambda: drain_at is not None and worker.losses[-1]["step"] >= drain_at
     hooks.evaluate = evaluator(recipe, prepared)
     run = Run.attach(run_uri, 1) if run_uri else None
     worker = make_worker(recipe, prepared, run, hooks)
     progress: Progress | None = None
-    try:
+    with contextlib.suppress(Stopped):
         progress = worker.train()
-    except Stopped:
-        pass
     return {
         "losses": [{k: v for k, v in record.items() if k != "rows_per_s"} for record in worker.losses],
         "weights": worker.snapshot.model if worker.snapshot else {},

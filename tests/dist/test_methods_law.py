@@ -114,6 +114,18 @@ def test_same_workers_continue_bit_for_bit(pool: Pool, tables: Path, tmp_path: P
     assert all((second["weights"][key] == value).all() for key, value in whole["weights"].items())
 
 
+def test_an_announced_preemption_leaves_a_checkpoint_at_once_and_training_goes_on(
+    pool: Pool, references: dict[str, Any], tables: Path, tmp_path: Path
+) -> None:
+    alone = reference(pool, references, "comoe/tiny", tables)
+    mapping = mapping_of("comoe/tiny", tables, str(tmp_path), num_workers=2, log_every=1, checkpoint_every=0)
+    uri = start_run(mapping)
+    assert_same_losses(pool.run(train_recipe, 2, mapping, uri, None, 7)[0]["losses"], alone["losses"])
+    run = Run.read(uri)
+    assert [note["step"] for note in run.notes() if note["kind"] == "drain"] == [7]
+    assert [saved["step"] for saved in run.checkpoints()] == [7, len(alone["losses"])]
+
+
 def start_run(mapping: dict[str, Any]) -> str:
     """A run in storage, as jobs.train makes it."""
     from reid_dist.config import build_recipe
