@@ -182,24 +182,30 @@ def report_trials(uri: str, which: WHICH, out: str | None, root: str | None) -> 
     first = next(iter(runs))
     page = page_input(runs[first].card(), runs[first].metrics(), evaluations[first], root)
     name, title = place(uri.rpartition("/")[2], first), f"{uri.rstrip('/').rpartition('/')[2]}, {len(runs)} divisions"
+    table, spread = rows(evaluations)
     page = dataclasses.replace(
         page,
         title=page.title.replace(name, title),
         summary=f"{page.summary} The table has the scores of every division's own model and their mean; everything else "
         f"on this page is of division {first}.",
-        metrics=rows(evaluations),
+        metrics=table,
+        metrics_note=f"Standard deviations over the divisions: {spread}.",
     )
-    place_of_page = write_page(page, open_store(f"{uri.rstrip('/')}-trials"), out)
-    return {"runs": [run.uri for run in runs.values()], "report": place_of_page}
+    where = write_page(page, open_store(f"{uri.rstrip('/')}-trials"), out)
+    return {"runs": [run.uri for run in runs.values()], "report": where}
 
 
-def rows(evaluations: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[str, Mapping[str, Any]]:
-    """{row name: record}: per way of scoring that all divisions have, the mean and then each division. Raises UserError."""
+def rows(evaluations: Mapping[int, Sequence[Mapping[str, Any]]]) -> tuple[dict[str, Mapping[str, Any]], str]:
+    """({row name: record}, spreads in words): per way of scoring that all divisions have, the mean and then each.
+
+    Raises UserError when there is no such way.
+    """
     ways: dict[tuple[str, str, str, str], dict[int, Mapping[str, Any]]] = {}
     for trial, stored in evaluations.items():
         for record in (one["record"] for one in stored):
-            kind = "untrained" if record["checkpoint"] == "start" else "trained"
-            way = kind, record["protocol"], "+".join(record["tables"]), record["label"]
+            tables = "+".join(record["tables"]) if several_tables(evaluations) else ""
+            kind = "untrained" if record["checkpoint"] == "start" else ""
+            way = record["protocol"], tables, record["label"], kind
             known = ways.setdefault(way, {}).get(trial)
             if known is None or known["step"] < record["step"]:
                 ways[way][trial] = record
@@ -207,9 +213,15 @@ def rows(evaluations: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[str, Ma
     if not shared:
         raise UserError("no protocol was scored on every division yet: python -m jobs.evaluate RUN trials=all")
     table: dict[str, Mapping[str, Any]] = {}
+    spreads = []
     for way, records in shared.items():
         mean, name = average(records), ", ".join(word for word in way if word)
-        spread = f"s.d. Rank-1 {100 * mean['rank1_std']:.1f}, mAP {100 * mean['mAP_std']:.1f}"
-        table[f"mean of {len(records)} divisions, {name} ({spread})"] = mean
-        table |= {f"division {trial}, {name}": records[trial] for trial in sorted(records)}
-    return table
+        table[f"{name}: mean of {len(records)}"] = mean
+        table |= {f"{name}: division {trial}": records[trial] for trial in sorted(records)}
+        spreads.append(f"{name} Rank-1 {100 * mean['rank1_std']:.1f}, mAP {100 * mean['mAP_std']:.1f}")
+    return table, "; ".join(spreads)
+
+
+def several_tables(evaluations: Mapping[int, Sequence[Mapping[str, Any]]]) -> bool:
+    """Whether the records are of different tables, so that a row must name its own."""
+    return len({tuple(one["record"]["tables"]) for stored in evaluations.values() for one in stored}) > 1

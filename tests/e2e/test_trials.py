@@ -38,6 +38,6 @@ def test_two_divisions_from_training_to_page(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="this one was trained on trial 0"):
         evaluate.main([f"{group}-trial-0", "data.trial=1"])
     page = Path(report.main([group, "trials=[0,1]"])["report"]).read_text()
-    assert "mean of 2 divisions, trained, regdb-thermal-to-visible" in page
-    assert "mean of 2 divisions, trained, regdb-visible-to-thermal" in page
+    assert "regdb-thermal-to-visible: mean of 2" in page
+    assert "regdb-visible-to-thermal: mean of 2" in page
     assert "What the augmentation does" in page

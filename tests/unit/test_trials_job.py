@@ -174,9 +174,10 @@ def test_one_page_of_all_divisions(root: Path, tmp_path: Path) -> None:
     page = Path(made["report"]).read_text()
     assert made["report"] == str(tmp_path / "x-trials/report.html")
     assert "x, 3 divisions: rle" in page
-    row = page[page.index("mean of 3 divisions, trained") :]
-    assert row.index("s.d. Rank-1 21.6, mAP 16.3") < row.index("60.0") < row.index("division 0, trained")
-    assert "mean of 3 divisions, untrained" in page
+    row = page[page.index("regdb-visible-to-thermal: mean of 3") :]
+    assert row.index("60.0") < row.index("regdb-visible-to-thermal: division 0") < row.index("division 1")
+    assert "regdb-visible-to-thermal Rank-1 21.6, mAP 16.3; regdb-visible-to-thermal, untrained Rank-1 0.0" in page
+    assert "regdb-visible-to-thermal, untrained: mean of 3" in page
 
 
 # ---- a model of another division
