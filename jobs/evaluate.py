@@ -125,6 +125,7 @@ def evaluate_run(word: str, options: Any, overrides: list[str], plan_only: bool 
         "method": recipe.method,
         "tables": view.versions,
         "selected_on": recipe.training.select_on if options.checkpoint == "best" else "none",
+        "overrides": overrides,
         **({} if trial is None else {"trial": trial}),
     }
     if loaded.run is not None:
@@ -227,6 +228,7 @@ def store_evaluation(loaded: Any, view: Any, retrieval: Any, features: Any, reco
     figures = [figure for figure in made if figure is not None]
     marks = [f"trial-{record['trial']}"] if "trial" in record else []
     marks += [record["label"]] if record["label"] else []
+    marks += [word for word in record["overrides"] if word.startswith("model.")]  # dense clips beside restricted ones
     key = f"evaluations/{'--'.join([retrieval.protocol.name, '+'.join(tables), loaded.checkpoint, *marks])}.json"
     content = {
         "record": record,

@@ -108,6 +108,8 @@ def _row_name(record: dict[str, Any], several: bool) -> str:
     name = "untrained" if record["checkpoint"] == "start" else f"step {record['step']}"
     name += f", trial {record['trial']}" if "trial" in record else ""
     name += f" ({record['label']})" if record.get("label") else ""  # expanded or re-ranked
+    changed = [word for word in record.get("overrides", []) if word.startswith("model.")]
+    name += f" ({', '.join(changed)})" if changed else ""
     return f"{name}, {'+'.join(record['tables'])}, {record['protocol']}" if several else name
 
 

@@ -10,9 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from reid_dist.config import DataConfig, Recipe, TrainingConfig
+from reid_dist.methods.climb import METHOD
 from reid_dist.methods.climb.config import Config
+from reid_dist.methods.climb.method import ClimbStage
 from reid_dist.methods.climb.model import Climb
 from reid_dist.methods.climb.weights import our_parameter
+from reid_dist.methods.spec import ModelFacts, PlanPart, TrainingData
 from reid_dist.models.clip import ClipArchitecture
 from tests.unit.mamba_names import tensor
 
@@ -133,3 +137,32 @@ class Alone:
             parts = [encode(model, load(items[i : i + batch])) for i in range(0, len(items), batch)]
         model.train()
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+TINY: dict[str, Any] = {"arch": "tiny", "weights": "", "image_size": (64, 32), "states": 4, "instances": 2}
+VIDEO: dict[str, Any] = {**TINY, "frames": 4, "temporal_strides": (1, 2, 4), "sampler": "identity"}
+
+
+def recipe(batch: int = 6, **model: Any) -> Recipe:
+    training = TrainingConfig(global_batch=batch, epochs=2)
+    settings = Config(**{**TINY, "iterations": 5, **model})
+    return Recipe(name="t", method="climb", model=settings, data=DataConfig(train=("t",)), training=training)
+
+
+def stage_of(view: FakeView, batch: int = 6, **model: Any) -> ClimbStage:
+    (stage,) = METHOD.stages(recipe(batch, **model), TrainingData(train=view, val=None))  # type: ignore[arg-type]
+    assert isinstance(stage, ClimbStage)
+    return stage
+
+
+def model_for(stage: ClimbStage) -> Climb:
+    torch.manual_seed(1)
+    model = METHOD.build(stage.config, ModelFacts(num_classes=stage.classes))
+    assert isinstance(model, Climb)
+    return model
+
+
+def batch_of(stage: ClimbStage, step: int = 0, rows: slice = slice(None), epoch: int = 0) -> dict[str, Any]:
+    items, first = stage.plan().batch(epoch, step)
+    positions = np.arange(len(items)) + first
+    return stage.load(PlanPart(items=items[rows], positions=positions[rows], epoch=epoch, seed=1))

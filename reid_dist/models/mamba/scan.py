@@ -81,38 +81,47 @@ def selective_scan(
     if engine == "mamba-ssm":
         return _mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     wide = torch.promote_types(torch.float32, u.dtype)
-    step = delta.to(wide)
-    if delta_bias is not None:
-        step = step + delta_bias.to(wide)[:, None]
-    if delta_softplus:
-        step = F.softplus(step)  # identity above 20, as in the kernels
-    wide_u = u.to(wide)
-    y, last = _by_group(wide_u * step, step, A.to(wide), B.to(wide), C.to(wide), engine)
-    if D is not None:
-        y = y + wide_u * D.to(wide)[:, None]
-    if z is not None:
-        y = y * F.silu(z.to(wide))
-    return y.to(u.dtype), last
-
-
-def _by_group(x: Tensor, s: Tensor, A: Tensor, B: Tensor, C: Tensor, engine: Engine) -> tuple[Tensor, Tensor]:
-    """Run the core on each group of channels: x = s u, s [b, d, l] -> (sum_n C h [b, d, l], last state [b, d, n])."""
-    if engine == "triton":
-        from reid_dist.models.mamba.scan_triton import scan
-    else:
-        from reid_dist.models.mamba.scan_cpu import scan
+    A, D, delta_bias = (None if m is None else m.to(wide) for m in (A, D, delta_bias))  # type: ignore[assignment]
     groups = max(m.shape[1] if m.dim() == 4 else 1 for m in (B, C))
-    size = x.shape[1] // groups
-    outputs, states = [], []
+    run = _torch if engine == "torch" else _triton
+    if groups == 1:
+        B, C = (m[:, 0] if m.dim() == 4 else m for m in (B, C))
+        return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    size, results = u.shape[1] // groups, []
     for g in range(groups):
         span = slice(g * size, (g + 1) * size)
-        forms = [
-            m[span].T.contiguous() if m.dim() == 2 else (m[:, g % m.shape[1]] if m.dim() == 4 else m).mT for m in (B, C)
-        ]
-        y, last = scan(x[:, span].mT, s[:, span].mT, A[span].T.contiguous(), *forms)
-        outputs.append(y.mT)
-        states.append(last.mT)
-    return (outputs[0], states[0]) if groups == 1 else (torch.cat(outputs, 1), torch.cat(states, 1))
+        b, c = (m[span] if m.dim() == 2 else m[:, g % m.shape[1]] if m.dim() == 4 else m for m in (B, C))
+        skip, bias = (None if m is None else m[span] for m in (D, delta_bias))
+        gate = None if z is None else z[:, span]
+        results.append(run(u[:, span], delta[:, span], A[span], b, c, skip, gate, bias, delta_softplus))
+    return torch.cat([out for out, _ in results], 1), torch.cat([last for _, last in results], 1)
+
+
+def _torch(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    bias: Tensor | None, softplus: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One group of channels in torch; everything is fused into one adjoint."""
+    from reid_dist.models.mamba.scan_cpu import scan
+
+    return scan(u, delta, A, B, C, D, z, bias, softplus)
+
+
+def _triton(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    bias: Tensor | None, softplus: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One group of channels by our kernel; softplus, skip and gate are torch's."""
+    from reid_dist.models.mamba.scan_triton import scan
+
+    step = delta.to(A.dtype) if bias is None else delta.to(A.dtype) + bias[:, None]
+    if softplus:
+        step = F.softplus(step)  # identity above 20, as in the kernels
+    wide_u = u.to(A.dtype)
+    forms = [(m.T if m.dim() == 2 else m.mT).to(A.dtype) for m in (B, C)]
+    y, last = scan((wide_u * step).mT, step.mT, A.T, *forms)
+    y = y.mT if D is None else y.mT + wide_u * D[:, None]
+    return (y if z is None else y * F.silu(z.to(A.dtype))).to(u.dtype), last.mT
 
 
 def _mamba_ssm(
