@@ -28,7 +28,7 @@ from reid_dist.storage import open_store
 from tests.tables import write_table
 
 GRID, TRAINED = (8, 4), 4
-WORLD: dict[str, Any] = {"num_train": TRAINED, "num_test": 3, "num_distractors": 0, "images_per_id": 2}
+WORLD: dict[str, Any] = {"num_train": TRAINED, "num_test": 3, "num_distractors": 3, "images_per_id": 2}
 SHOWN_ROWS = slice(0, 2)  # the model below predicts the grid's first rows for every part
 
 
