@@ -99,9 +99,13 @@ def page_input(
         provenance=_provenance(card, record),
         curves=_curves(metrics),
         rank_lists=[_rank_list(entry, view) for entry in main_one["lists"]],
-        sections=[section_of(figure) for figure in main_one["figures"]],
+        sections=[section_of(figure) for figure in [*main_one["figures"], *of_training(spec, metrics)]],
         metrics_note=f"Protocol {record['protocol']}; checkpoint chosen on: {record['selected_on']}.",
     )
+
+
+def of_training(spec: Any, metrics: list[dict[str, Any]]) -> list[Any]:
+    return list(spec.training_figures(metrics)) if spec.training_figures else []
 
 
 def _row_name(record: dict[str, Any], several: bool) -> str:

@@ -62,8 +62,8 @@ class ClipTokenizer:
         pairs = _merge_lines()[:merges]
         self._rank = {pair: rank for rank, pair in enumerate(pairs)}
         symbols = list(self._bytes.values())
-        names = [*symbols, *(s + "</w>" for s in symbols), *(left + right for left, right in pairs), *_SPECIALS]
-        self._id = {name: index for index, name in enumerate(names)}
+        self._names = [*symbols, *(s + "</w>" for s in symbols), *(left + right for left, right in pairs), *_SPECIALS]
+        self._id = {name: index for index, name in enumerate(self._names)}
         special = "|".join(regex.escape(name) for name in _SPECIALS)
         self._words = regex.compile(f"{special}|{_WORDS}", regex.IGNORECASE)
         self._cache: dict[str, tuple[int, ...]] = {name: (self._id[name],) for name in _SPECIALS}
@@ -105,6 +105,17 @@ class ClipTokenizer:
                     index += 1
             parts = merged
         return tuple(self._id[part] for part in parts)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; a blank follows every word. Pieces of a character that stand alone become question marks."""
+        names, bytes_of = self._names, {symbol: byte for byte, symbol in self._bytes.items()}
+        pieces = [names[index] for index in ids]
+        text = b"".join(
+            name.encode() if name in _SPECIALS else
+            bytes(bytes_of[symbol] for symbol in name.removesuffix("</w>")) + b" " * name.endswith("</w>")
+            for name in pieces
+        )  # fmt: skip
+        return text.decode("utf-8", errors="replace")
 
     def encode(self, text: str, length: int = 77) -> np.ndarray:
         """int64 [length]: start, ids, end, zeros; a longer text is cut and its last id becomes the end."""

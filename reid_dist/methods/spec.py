@@ -70,6 +70,10 @@ class Context(Protocol):
         """Scalars for the step's record, the same on every rank."""
         ...
 
+    def note(self, kind: str, **content: Any) -> None:
+        """One record of its own in the run's metrics, plain (JSON) content, the same on every rank."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class PlanPart:
@@ -207,6 +211,8 @@ class MethodSpec:
     start: Callable[[nn.Module, Any], None] | None = None  # (model, config): published start weights; fresh runs only
     check: Callable[[Recipe], None] | None = None  # refuse (UserError) or warn before any job with this recipe starts
     figures: Sequence[Callable[..., Any]] = ()  # report sections of its own (reporting/sections.py)
+    # (the run's metrics records) -> report sections of what training noted (Context.note)
+    training_figures: Callable[[Sequence[Mapping[str, Any]]], Sequence[Mapping[str, Any]]] | None = None
 
 
 def device_of(model: nn.Module) -> torch.device:

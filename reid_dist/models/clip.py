@@ -104,6 +104,8 @@ def resize_text_positions(table: Tensor, length: int) -> Tensor:
 class Projection(nn.Module):
     """x @ weight, weight [W, D]: CLIP stores its projections this way round and without bias."""
 
+    half_weights = True
+
     def __init__(self, width: int, joint_width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, joint_width))
@@ -134,8 +136,9 @@ class ImageEmbedding(nn.Module):
         if patches.shape[1] + 1 != self.positions.shape[0]:
             raise ValueError(f"image {tuple(image.shape)} gives {patches.shape[1]} patches, the table has others")
         head = self.class_token[None] if extra is None else torch.cat([self.class_token[None], extra])
-        head = (head + self.positions[:1]).expand(len(image), -1, -1)
-        return torch.cat([head, patches + self.positions[1:]], dim=1)
+        kind = patches.dtype  # that of the patches' weights; class token and positions may be wider (float16 weights)
+        head = (head + self.positions[:1]).to(kind).expand(len(image), -1, -1)
+        return torch.cat([head, patches + self.positions[1:].to(kind)], dim=1)
 
 
 class TextEmbedding(nn.Module):
@@ -206,7 +209,8 @@ class TextTower(nn.Module):
         asked: str | Tensor = weights
         if weights == "row":
             asked = end_of_text(text) if end is None else end
-        x, seen = self.blocks(self.embed(text), None, True, asked)
+        kind = self.project.weight.dtype  # embeddings may be wider than the weights of the blocks (float16 weights)
+        x, seen = self.blocks(self.embed(text).to(kind), None, True, asked)
         x = self.ln_final(x)
         return TowerOutput(x, self.project(x), seen)
 

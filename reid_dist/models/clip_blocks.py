@@ -38,6 +38,8 @@ class QuickGelu(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention; packed weight rows are query, key, value; biases; scale 1/sqrt(W/H)."""
 
+    half_weights = True
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         if width % heads:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +26,10 @@ class RunContext:
     world_size: int = field(default_factory=lambda: collectives.world()[1])
     epoch: int = 0
     step: int = 0
+    threads: int = 1  # that load ahead in `extract`
     counts: tuple[int, ...] = ()  # rows per rank of the current step
     scalars: dict[str, float] = field(default_factory=dict)
+    notes: list[dict[str, Any]] = field(default_factory=list)  # not yet written
 
     def begin_step(self, total_rows: int) -> slice:
         """Set the slices of a step with `total_rows` global rows; returns this rank's."""
@@ -49,6 +53,14 @@ class RunContext:
     def log(self, **values: float) -> None:
         self.scalars.update(values)
 
+    def note(self, kind: str, **content: Any) -> None:
+        self.notes.append({"kind": kind, "step": self.step, "epoch": self.epoch, **content})
+
+    def take_notes(self) -> list[dict[str, Any]]:
+        """What was noted since the last call."""
+        taken, self.notes = self.notes, []
+        return taken
+
     def extract(
         self,
         model: nn.Module,
@@ -61,7 +73,7 @@ class RunContext:
 
         Shards are whole batches cut at the same places for every world size: a kernel that rounds differently for another
         number of rows would otherwise change features with the number of workers. Each rank runs the same number of
-        forward passes (repeating its last batch), because ZeRO-3 gathers weights collectively.
+        forward passes (repeating its last batch), because ZeRO-3 gathers weights collectively. Threads load batches ahead.
         """
         device = device_of(model)
         starts = list(range(0, len(items), batch))
@@ -71,20 +83,30 @@ class RunContext:
         training, outputs = model.training, []
         model.eval()
         try:
+            wanted = [own[i] if i < len(own) else starts[-1] for i in range(rounds)]
+            loaded = _ahead(load, [items[start : start + batch] for start in wanted], self.threads)
             with torch.no_grad():
-                for index in range(rounds):
-                    start = own[index] if index < len(own) else starts[-1]
-                    out = encode(model, to_device(load(items[start : start + batch]), device))
-                    if index < len(own):
-                        outputs.append({name: value.float() for name, value in out.items()})
-                    else:
-                        empty = {name: value[:0].float() for name, value in out.items()}
-                        outputs.append(empty)
+                for index, given in enumerate(loaded):
+                    out = encode(model, to_device(given, device))
+                    kept = slice(None) if index < len(own) else slice(0)
+                    outputs.append({name: value[kept].float() for name, value in out.items()})
         finally:
             model.train(training)
         rows = [sum(min(batch, len(items) - s) for s in starts[part]) for part in shards]
         joined = {name: torch.cat([out[name] for out in outputs]) for name in outputs[0]}
         return {name: collectives.all_gather_rows(value, rows).cpu() for name, value in joined.items()}
+
+
+def _ahead(load: Callable[[np.ndarray], Batch], parts: Sequence[np.ndarray], threads: int) -> Iterator[Batch]:
+    """Batches of `parts` in order, `threads` of them loaded ahead."""
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="pass") as pool:
+        waiting: deque[Future[Batch]] = deque()
+        for part in parts:
+            waiting.append(pool.submit(load, part))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -38,11 +38,15 @@ def build_engine(
 ) -> Any:
     """DeepSpeed engine over `module` (the step module that wraps `model`). Parameters in no group are frozen.
 
-    Raises UserError for bf16 at stage 0.
+    Raises UserError for bf16 at stage 0, and for fp16_pure at any other.
     """
     if training.precision == "bf16" and training.zero_stage == 0:
         raise UserError(
             "training.precision=bf16 needs training.zero_stage of 1, 2 or 3 (DeepSpeed's bf16 at stage 0 is wrong)"
+        )
+    if training.precision == "fp16_pure" and training.zero_stage != 0:
+        raise UserError(
+            f"training.precision=fp16_pure needs training.zero_stage=0 (now {training.zero_stage}): ZeRO keeps float32 masters"
         )
     ensure_process_group()
     import deepspeed
@@ -52,20 +56,22 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=_engine_config(training), dist_init_required=False
     )
-    if training.zero_stage == 0 and any(parameter.dtype == torch.float64 for parameter in model.parameters()):
-        _reduce_in_float64(engine)
+    kinds = {parameter.dtype for parameter in model.parameters()} if training.zero_stage == 0 else set()
+    if torch.float64 in kinds:
+        _reduce_also(engine, torch.float64, torch.float64)
+    elif torch.float16 in kinds:
+        _reduce_also(engine, torch.float16, torch.float32)
     return engine
 
 
-def _reduce_in_float64(engine: Any) -> None:
-    """Let stage 0 average float64 gradients as they are (golden vectors): DeepSpeed refuses the type, and would otherwise
-    send it as float32."""
+def _reduce_also(engine: Any, kind: torch.dtype, wire: torch.dtype) -> None:
+    """Let stage 0 average gradients of a type that DeepSpeed refuses (float64 anywhere, float16 on CPUs), sent as `wire`."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    known = [kind for kind in accelerator.supported_dtypes() if kind != torch.float64]
-    accelerator.supported_dtypes = lambda: [*known, torch.float64]
-    engine.communication_data_type = torch.float64
+    known = [other for other in accelerator.supported_dtypes() if other != kind]
+    accelerator.supported_dtypes = lambda: [*known, kind]
+    engine.communication_data_type = wire
 
 
 def ensure_process_group() -> None:
@@ -113,6 +119,7 @@ def _engine_config(training: TrainingConfig) -> dict[str, Any]:
     }
     if training.precision == "bf16":
         config["bf16"] = {"enabled": True}
+    if training.precision != "fp32":
         config["communication_data_type"] = "fp32"
     return config
 

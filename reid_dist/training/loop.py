@@ -28,6 +28,7 @@ from reid_dist.training.context import RunContext, to_device
 from reid_dist.training.deepspeed import adapter, build_engine, ensure_process_group
 from reid_dist.training.loader import batches
 from reid_dist.training.meter import Meter
+from reid_dist.training.precision import cast_pure
 from reid_dist.training.schedule import lr_at
 from reid_dist.training.step import StepModule, run_step
 from reid_dist.training.tracking import Tracker
@@ -74,7 +75,7 @@ class Worker:
     def __post_init__(self) -> None:
         self._drained = False
         ensure_process_group()
-        self.ctx = RunContext(seed=self.recipe.seed)
+        self.ctx = RunContext(seed=self.recipe.seed, threads=self.recipe.data.loader_threads)
         self.meter = Meter(self.ctx, self.recipe.training.log_every, self._record)
         training = self.recipe.training
         self.writer: checkpoints.Writer | None = None
@@ -166,6 +167,8 @@ class Worker:
                 block.reducer = self.ctx.reduce if self.ctx.world_size > 1 else None  # alone: torch's faster kernel
             if self.recipe.training.activation_checkpointing and hasattr(block, "activation_checkpointing"):
                 block.activation_checkpointing = True
+        if self.recipe.training.precision == "fp16_pure":
+            cast_pure(model)
         return model.to(self.device)
 
     def _run_epoch(
@@ -173,10 +176,12 @@ class Worker:
     ) -> Progress:
         training = self.recipe.training
         plan_steps = stage.plan().steps(progress.epoch)
-        self.ctx.epoch = progress.epoch
+        self.ctx.epoch, self.ctx.step = progress.epoch, progress.step
         self.model.train()
         if progress.step_in_epoch == 0:
             stage.begin_epoch(self.model, self.ctx)
+            for note in self.ctx.take_notes():
+                self._write(note)
         stream = batches(
             stage,
             seed=self.recipe.seed,
