@@ -87,7 +87,7 @@ class TrainingConfig:
     gpus_per_worker: float = 1.0  # with use_gpu
     threads_per_worker: int | None = None  # torch threads; None: cpus_per_worker rounded up
     zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["fp32", "bf16", "fp16_pure"] = "fp32"  # bf16: with float32 masters; fp16_pure: without (parity only)
+    precision: Literal["fp32", "bf16", "fp16_pure"] = "fp32"  # bf16 keeps float32 masters, fp16_pure none (parity)
     micro_batches: int = 1  # each step's rows in this many pieces; in-batch losses stay exact (two-pass form)
     activation_checkpointing: bool = False  # recompute the towers' blocks in the backward pass
     gradient_clip: float | None = None  # global norm
