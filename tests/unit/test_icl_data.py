@@ -243,7 +243,7 @@ def test_command_makes_noise_and_converts_groups(tmp_path: Path) -> None:
         expected = entries[view.path(row)]["diversity_captions"][number]
         assert [list(group) for group in table.of(np.array([pair]))[0]] == expected
     other: list[Any] = json.loads(file.read_text("utf-8"))
-    other[0]["captions"][0] += " again"
+    next(entry for entry in other if "diversity_captions" in entry)["captions"][0] += " again"
     (tmp_path / "other.json").write_text(json.dumps(other))
     with pytest.raises(UserError, match="1 of 8 entries fit no image and caption"):
         command.main(["import-groups", str(tmp_path / "other.json"), *words[1:]])

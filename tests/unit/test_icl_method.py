@@ -331,16 +331,18 @@ def test_text_positions_of_another_length(tmp_path: Path) -> None:
     config = Config(arch="tiny", weights="", image_size=(32, 16), text_length=77, select_width=32)
     source, path = DualEncoder(dataclasses.replace(config, image_size=(32, 32))), tmp_path / "clip.pth"  # a square grid
     torch.save(openai_names(source), path)
+    given = source.towers.text.embed.positions.detach()
+    place = ((torch.arange(168) + 0.5) * 77 / 168 - 0.5).clamp(0, 76)
+    low, share = place.floor().long(), (place - place.floor())[:, None]
+    between = (1 - share) * given[low] + share * given[(low + 1).clamp(max=76)]
     for how in ("interpolate", "random"):
         longer = dataclasses.replace(config, text_length=168, weights=str(path), text_positions=how)
         model = DualEncoder(longer)
         start(model, longer)
         table = model.towers.text.embed.positions.detach()
         assert table.shape == (168, 128)
-        near = (table[::2][:77] - source.towers.text.embed.positions.detach()).abs().mean()
-        assert (near < 0.006) is (how == "interpolate")
-        if how == "random":
-            assert abs(float(table.std()) - 0.01) < 5e-4
+        assert torch.allclose(table, between, atol=1e-6) is (how == "interpolate")
+        assert how == "interpolate" or abs(float(table.std()) - 0.01) < 5e-4
 
 
 # ---- recipes, evaluation, figures
