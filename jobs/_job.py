@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from reid_dist.errors import RunError, UserError
+from reid_dist.runs.redact import redact
 
 logger = logging.getLogger("reid_dist.jobs")
 
@@ -41,14 +42,18 @@ def finish_record(record: dict[str, Any]) -> None:
     _store_record.clear()
 
 
+class _Redacting(logging.Formatter):
+    """Log lines without secrets: Ray keeps a job's stderr and shows it to everybody who may look at the cluster."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return str(redact(super().format(record)))
+
+
 def set_up_logging() -> None:
     """One line per event on stderr; REID_LOG sets the level."""
-    logging.basicConfig(
-        level=os.environ.get("REID_LOG", "INFO").upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=os.environ.get("REID_LOG", "INFO").upper(), handlers=[handler])
     for noisy in ("botocore", "boto3", "urllib3", "s3transfer", "filelock", "matplotlib", "PIL", "fsspec", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -78,6 +83,7 @@ def run_job(verb: str, main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
 
 
 def _finish(verb: str, record: dict[str, Any]) -> NoReturn:
+    record = redact(record)
     for store in _store_record:
         try:
             store(record)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from reid_dist.errors import RunError
+from reid_dist.storage import CorruptionError
 from reid_dist.storage.publish import committed, fetch, publish_folder
 from reid_dist.training.deepspeed import EngineState, whole_parameters
 
@@ -148,11 +149,15 @@ def read_folder(folder: Path) -> Snapshot:
 
 
 def newest(run: Run) -> Snapshot | None:
-    """The newest checkpoint whose every file verifies; torn or corrupted ones are passed over, loudly."""
+    """The newest checkpoint whose every file verifies; torn or corrupted ones are passed over, loudly.
+
+    A place that cannot be read now, or a full disk here, says nothing about a checkpoint: that StorageError is raised, or
+    the run would quietly go back to an older one, at the worst to its beginning.
+    """
     for name in committed(run.store, "checkpoints"):
         try:
             return read(run, name)
-        except RunError as error:
+        except CorruptionError as error:
             logger.warning("checkpoint %s does not verify and is passed over: %s", name, error)
     return None
 
