@@ -147,3 +147,14 @@ def test_a_recipe_is_plain_json() -> None:
     from reid_dist.generation.tiny.train import Recipe
 
     assert json.loads(json.dumps(asdict(Recipe())))["seed"] == Recipe().seed
+
+
+def test_the_built_in_weights_are_the_ones_that_the_recipe_made() -> None:
+    from reid_dist.generation.model_folder import SMALL, find_model
+
+    model = find_model("small")
+    facts = json.loads((SMALL / "recipe.json").read_text())
+    assert facts["digest"] == model.digest
+    assert model.prompts == "tiny"
+    assert sum(path.stat().st_size for path in SMALL.iterdir()) < 9e6
+    assert {name for point in facts["curve"] for name in ATTRIBUTES if name not in point} == set()

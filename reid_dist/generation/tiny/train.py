@@ -41,10 +41,10 @@ class Recipe:
     images: int = 3  # of each person
     test_worlds: tuple[int, ...] = (201, 202)
     test_people: int = 150
-    vision_steps: int = 1000
+    vision_steps: int = 900
     vision_batch: int = 64
     vision_lr: float = 1.5e-3
-    joint_steps: int = 1000
+    joint_steps: int = 500
     joint_batch: int = 24
     joint_lr: float = 1.2e-3
     heads_weight: float = 0.3
