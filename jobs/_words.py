@@ -31,8 +31,6 @@ class ScoreOptions:
     def __post_init__(self) -> None:
         if self.shards < 0:
             raise ValueError(f"shards={self.shards}: a number of Ray tasks, or 0 for none")
-        if self.shards and self.rerank is not None:
-            raise ValueError("re-ranking needs all queries at once: leave out shards= or rerank=")
         if self.memory_mb is not None and self.memory_mb <= 0:
             raise ValueError(f"memory_mb={self.memory_mb}: expected more than 0")
 

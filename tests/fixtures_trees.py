@@ -148,6 +148,7 @@ class TextSet:
     key: str
     first: int
     has_val: bool = True
+    folder: str = "imgs/"  # what paths are relative to
 
     def entry(self, split: str, pid: int, image: str, *captions: str, **more: Any) -> dict[str, Any]:
         """One entry; `pid` counts from 0."""
@@ -158,6 +159,7 @@ TEXT_SETS = (
     TextSet("cuhk-pedes", "reid_raw.json", "file_path", 1),
     TextSet("icfg-pedes", "ICFG-PEDES.json", "file_path", 0, has_val=False),
     TextSet("rstpreid", "data_captions.json", "img_path", 0),
+    TextSet("ufine6926", "UFine6926_Annotations.json", "file_path", 1, has_val=False, folder=""),
 )
 
 
@@ -174,13 +176,15 @@ def _good_entries(kind: TextSet) -> list[dict[str, Any]]:
 
 def _text_files(kind: TextSet, entries: list[Any], name: str = "", bom: bool = False) -> dict[str, bytes]:
     text = json.dumps(entries, ensure_ascii=False).encode("utf-8-sig" if bom else "utf-8")
-    images = {f"imgs/{entry[kind.key]}": jpeg(i) for i, entry in enumerate(_good_entries(kind))}
-    return {name or kind.file: text, "imgs/.DS_Store": b"x", **images}
+    images = {kind.folder + entry[kind.key]: jpeg(i) for i, entry in enumerate(_good_entries(kind))}
+    return {name or kind.file: text, f"{kind.folder}.DS_Store": b"x", **images}
 
 
 def _rows(kind: TextSet) -> tuple[Row, ...]:
     entries = _good_entries(kind)
-    return tuple((f"imgs/{e[kind.key]}", e["split"], e["id"] - kind.first, None, tuple(e["captions"])) for e in entries)
+    return tuple(
+        (kind.folder + e[kind.key], e["split"], e["id"] - kind.first, None, tuple(e["captions"])) for e in entries
+    )
 
 
 def text_cases() -> list[TreeCase]:
@@ -189,7 +193,7 @@ def text_cases() -> list[TreeCase]:
 
 
 def _good_text(kind: TextSet) -> list[TreeCase]:
-    rows, entries, keeping = _rows(kind), _good_entries(kind), ("imgs/.DS_Store",)
+    rows, entries, keeping = _rows(kind), _good_entries(kind), (f"{kind.folder}.DS_Store",)
     cases = [
         TreeCase(f"{kind.layout}-good", kind.layout, _text_files(kind, entries), rows, keeping,
                  notes={"annotation": kind.file, "unread keys": "processed_tokens"}),
@@ -203,17 +207,20 @@ def _good_text(kind: TextSet) -> list[TreeCase]:
 
 def _nasty_entries(kind: TextSet) -> list[TreeCase]:
     """Entry 5 of each is the wrong one."""
-    entry, spare = kind.entry, {"imgs/n.jpg": jpeg(50)}
+    entry, spare = kind.entry, {f"{kind.folder}n.jpg": jpeg(50)}
     no_captions = entry("train", 2, "n.jpg")
     wrong: dict[str, tuple[Any, tuple[str, ...]]] = {
         "unknown-split": (entry("trian", 2, "n.jpg", "x"), ("entry 5", "'trian'")),
         "empty-caption": (entry("train", 2, "n.jpg", "x", "  "), ("entry 5", "n.jpg", "empty caption")),
         "no-captions": (no_captions, ("entry 5", "captions=[]")),
         "caption-string": (no_captions | {"captions": "x"}, ("entry 5", "captions='x'")),
-        "missing-image": (entry("train", 2, "gone.jpg", "x"), ("entry 5", "imgs/gone.jpg")),
-        "case-differs": (entry("train", 2, "N.jpg", "x"), ("entry 5", "imgs/N.jpg")),
+        "missing-image": (entry("train", 2, "gone.jpg", "x"), ("entry 5", f"{kind.folder}gone.jpg")),
+        "case-differs": (entry("train", 2, "N.jpg", "x"), ("entry 5", f"{kind.folder}N.jpg")),
         "gap-in-train": (entry("train", 8, "n.jpg", "x"), (kind.file, f"id {3 + kind.first} ")),
-        "listed-twice": (entry("train", 1, "cam_a/0001_c2.jpg", "x"), ("entry 5", "imgs/cam_a/0001_c2.jpg", "twice")),
+        "listed-twice": (
+            entry("train", 1, "cam_a/0001_c2.jpg", "x"),
+            ("entry 5", f"{kind.folder}cam_a/0001_c2.jpg", "twice"),
+        ),
         "climbing-path": (entry("train", 2, "../n.jpg", "x"), ("entry 5", "'../n.jpg'")),
         "absolute-path": (entry("train", 2, "/n.jpg", "x"), ("entry 5", "'/n.jpg'")),
         "id-text": (no_captions | {"id": "2", "captions": ["x"]}, ("entry 5", "id='2'")),
@@ -241,13 +248,13 @@ def _nasty_files(kind: TextSet) -> list[TreeCase]:
         return TreeCase(f"{kind.layout}-{name}", kind.layout, files, error=error, lenient=rows if lenient else None)
 
     cases = [
-        bad("stray", {"imgs/cam_a/list.txt": b"x"}, "imgs/cam_a/list.txt", lenient=True),
+        bad("stray", {f"{kind.folder}cam_a/list.txt": b"x"}, "cam_a/list.txt", lenient=True),
         bad("stray-top", {"split.csv": b"x"}, "split.csv", lenient=True),
-        bad("zero-bytes", {"imgs/train/z.jpg": b""}, "imgs/train/z.jpg", "0 bytes"),
+        bad("zero-bytes", {f"{kind.folder}train/z.jpg": b""}, "train/z.jpg", "0 bytes"),
         bad("not-json", {kind.file: b'[{"split":'}, kind.file, "JSON"),
         bad("latin", {kind.file: '["\u00e9"]'.encode("latin-1")}, kind.file, "UTF-8"),
         bad("object", {kind.file: b"{}"}, kind.file, "list"),
-        bad("no-annotation", {}, kind.file, "imgs"),
+        bad("no-annotation", {}, kind.file, kind.folder.rstrip("/") or "cam_a"),
     ]
     if kind.layout == "icfg-pedes":
         both = good | {"ICFG_PEDES.json": good[kind.file]}

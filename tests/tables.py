@@ -31,10 +31,11 @@ def write_table(
         path = raw / record.path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
-    uri = table_uri(open_store(root).uri, name)
+    place = open_store(root).uri
+    uri = table_uri(place, name)
     parsed = ParsedDataset(name=name, records=tuple(records))
     digest = pack.source_digest(name, parsed, {r.path: len(i) for r, i in zip(records, images, strict=True)}, {})
-    todo = pack.Plan(name, name, str(raw), uri, digest, parsed, None)
+    todo = pack.Plan(name, name, str(raw), place, uri, digest, parsed, None)
     results = []
     for number in range(-(-len(records) // chunk)):
         part = records[number * chunk : (number + 1) * chunk]

@@ -5,7 +5,7 @@ images, decode each once to be sure of it, hash them, and write one Lance data f
 out, images never enter the object store. The driver commits all files in chunk order, so that rows, files and their
 bytes are the same whatever the number of tasks. A data file's name is (digest of the source, chunk number): a task that
 runs twice writes the same file twice, and a failed pack knows exactly what to remove. Until the commit there is no
-table (or still the old version).
+table (or still the old version). A set of tracklets gets a second, small table after it (data/tracklets.py).
 
 The source digest covers layout, options, every record and every file's size: when a table has it, there is nothing to
 do. (An image replaced by another of the same number of bytes is therefore not noticed; pack under another name, or
@@ -35,6 +35,7 @@ from reid_dist.data.members import load_image
 from reid_dist.data.records import DatasetError, ParsedDataset, Record
 from reid_dist.data.store import TableFacts, read_facts, table_uri
 from reid_dist.data.tables import SCHEMA, commit, file_key, referenced_files, store_file
+from reid_dist.data.tracklets import has_tracklets, write_tracklets
 from reid_dist.errors import RunError, UserError
 from reid_dist.storage import StorageError, Store, lance_options, open_store
 
@@ -52,6 +53,7 @@ class Plan:
     layout: str
     name: str
     source: str  # URI
+    root: str  # URI below which it lies
     uri: str  # of the table
     digest: str  # of the source
     parsed: ParsedDataset
@@ -101,10 +103,13 @@ def plan(layout: str, source: str, root: str, *, name: str = "", on_error: str =
         drawn = store.read(SYNTHETIC_MARKER).decode("utf-8")
         parsed = dataclasses.replace(parsed, notes={**parsed.notes, "synthetic": drawn})
     digest = source_digest(chosen.name, parsed, sizes, options)
-    uri = table_uri(open_store(root).uri, name or chosen.name)
+    root, name = open_store(root).uri, name or chosen.name
+    uri = table_uri(root, name)
     present = _facts_there(uri)
     same = present is not None and present.source == digest and (on_error == "quarantine" or not present.quarantined)
-    return Plan(chosen.name, name or chosen.name, store.uri, uri, digest, parsed, present if same else None)
+    if present is not None and same and any(record.tracklet is not None for record in parsed.records):
+        same = has_tracklets(root, name, present.content)
+    return Plan(chosen.name, name, store.uri, root, uri, digest, parsed, present if same else None)
 
 
 def source_digest(layout: str, parsed: ParsedDataset, sizes: Mapping[str, int], options: Mapping[str, Any]) -> str:
@@ -143,13 +148,15 @@ def pack(todo: Plan, on_error: str = "stop", progress: bool = True) -> dict[str,
         results = _run_chunks(todo, store, on_error, progress)
         facts = _facts(todo, results)
         version = commit(todo.uri, todo.tag, results, facts)
+        tracklets = write_tracklets(todo.root, todo.name, facts.content)
     except BaseException:
         _remove_files(todo, store)
         raise
     seconds = time.monotonic() - started
     speed = {"seconds": round(seconds, 2), "images_per_second": round(facts.rows / seconds, 1)}
     logger.info("%s: %d images packed in %.1f s", todo.uri, facts.rows, seconds)
-    return {**todo.record(), **_outcome(facts), "version": version, "packed": facts.rows, **speed}
+    more = {"tracklets": tracklets} if tracklets else {}
+    return {**todo.record(), **_outcome(facts), **more, "version": version, "packed": facts.rows, **speed}
 
 
 def _outcome(facts: TableFacts) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def _family(
 
 
 def _small(name: str, sources: tuple[str, ...]) -> list[DomainSplit]:
-    return [DomainSplit(f"{name}/{target}", sources, target, "all", "ten-splits") for target in SMALL]
+    both = {"viper": "ten-splits-both-ways"}
+    return [DomainSplit(f"{name}/{t}", sources, t, "all", both.get(t, "ten-splits")) for t in SMALL]
 
 
 _ALL = [

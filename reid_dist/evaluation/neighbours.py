@@ -61,9 +61,10 @@ def nearest(
     return nearest_rows(q, g, num_rows(query), num_rows(gallery), k, rows)
 
 
-def nearest_rows(q: Any, g: Any, num_query: int, num_gallery: int, k: int, rows: int, same: bool = False) -> Neighbours:
-    """As `nearest` on matrices of `combine`. With `same`, both sides are one set and every item is its own first
-    neighbour."""
+def nearest_rows(
+    q: Any, g: Any, num_query: int, num_gallery: int, k: int, rows: int, same: int | None = None
+) -> Neighbours:
+    """As `nearest` on matrices of `combine`. `same`: query i is gallery item `same` + i, and its own first neighbour."""
     k = min(k, num_gallery)
     index = np.empty((num_query, k), np.int64)
     score = np.empty((num_query, k), np.float32)
@@ -72,9 +73,9 @@ def nearest_rows(q: Any, g: Any, num_query: int, num_gallery: int, k: int, rows:
         scores = host(block)
         part = slice(start, start + len(scores))
         lowest[part] = scores.min(axis=1)
-        if same:
+        if same is not None:
             own = np.arange(len(scores))
-            scores[own, start + own] = np.inf
+            scores[own, same + start + own] = np.inf
         index[part] = _best(scores, k)
         score[part] = np.take_along_axis(scores, index[part], axis=1)
     return Neighbours(index, score, lowest)

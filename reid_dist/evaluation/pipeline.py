@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from reid_dist.evaluation.expansion import expand_queries
 from reid_dist.evaluation.ranking import Labels, RankingSums, Scoring, rank_blocks, rank_features
-from reid_dist.evaluation.rerank import KReciprocal
+from reid_dist.evaluation.rerank import KReciprocal, Reach
 from reid_dist.evaluation.similarity import EvaluationError, Features, Metric, check_pair, combine, num_rows
 
 
@@ -74,20 +76,15 @@ def rank_pair(
 ) -> RankingSums:
     """Rank the gallery for each query with `options`. Arguments as in `rank_features`.
 
-    A shard of the queries gives the digits of the whole, except under re-ranking, which needs all queries at once.
-    Raises EvaluationError: parameters out of range, and as `rank_features`.
+    A shard of the queries gives the digits of the whole, except under re-ranking, which needs all queries at once:
+    there `expand`, `reranking` and `rank_reranked` are what a shard does. Raises EvaluationError: parameters out of
+    range, and as `rank_features`.
     """
-    memory = options.memory_mb
     if options.expansion is not None:
-        check_pair(query, gallery)
-        g = combine(gallery, "gallery", weights=weights)[: num_rows(gallery)]
-        q = combine(query, "query", weights=weights)[: num_rows(query)]
-        query, gallery, weights = expand_queries(q, g, **asdict(options.expansion), memory_mb=memory), g, None
+        query = expand(query, gallery, options, weights)
     if options.rerank is not None:
-        ranked = KReciprocal(
-            query, gallery, **asdict(options.rerank), metric=options.metric, weights=weights, memory_mb=memory
-        )
-        return rank_blocks((-block for block in ranked.blocks()), query_labels, gallery_labels, scoring)
+        return rank_reranked(reranking(query, gallery, options, weights), query_labels, gallery_labels, scoring)
+    gallery, weights = searched(gallery, options, weights)
     return rank_features(
         query,
         gallery,
@@ -97,5 +94,47 @@ def rank_pair(
         metric=options.metric,
         weights=weights,
         first_query=first_query,
-        memory_mb=memory,
+        memory_mb=options.memory_mb,
     )
+
+
+def expand(query: Features, gallery: Features, options: Options, weights: Mapping[str, float] | None) -> np.ndarray:
+    """Expanded queries, float32 [Q, D'], to be compared with `searched(gallery)`. Raises EvaluationError."""
+    check_pair(query, gallery)
+    assert options.expansion is not None
+    q = combine(query, "query", weights=weights)[: num_rows(query)]
+    one, _ = searched(gallery, options, weights)
+    return expand_queries(q, one, **asdict(options.expansion), memory_mb=options.memory_mb)
+
+
+def searched(
+    gallery: Features, options: Options, weights: Mapping[str, float] | None
+) -> tuple[Features, Mapping[str, float] | None]:
+    """(gallery, weights) as they are searched: after query expansion embeddings are one matrix without weights."""
+    if options.expansion is None:
+        return gallery, weights
+    return combine(gallery, "gallery", weights=weights)[: num_rows(gallery)], None
+
+
+def reranking(
+    query: Features,
+    gallery: Features,
+    options: Options,
+    weights: Mapping[str, float] | None,
+    reach: Reach | None = None,
+) -> KReciprocal:
+    """The re-ranking that `options` ask for; `query` expanded, if they ask for that. Raises EvaluationError."""
+    assert options.rerank is not None
+    gallery, weights = searched(gallery, options, weights)
+    steps = asdict(options.rerank)
+    return KReciprocal(
+        query, gallery, **steps, metric=options.metric, weights=weights, memory_mb=options.memory_mb, reach=reach
+    )
+
+
+def rank_reranked(
+    ranked: KReciprocal, query_labels: Labels, gallery_labels: Labels, scoring: Scoring, *, first_query: int = 0
+) -> RankingSums:
+    """Rank by re-ranked distances the queries of `query_labels`, of which the first is `first_query` of all."""
+    blocks = ranked.blocks(first_query, first_query + len(query_labels.pid))
+    return rank_blocks((-block for block in blocks), query_labels, gallery_labels, scoring, first_query=first_query)

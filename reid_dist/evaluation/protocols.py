@@ -10,7 +10,7 @@ names; any base elsewhere.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,6 +77,7 @@ class Protocol:
     trials: int = 1
     trial_rule: Literal["single", "column", "draw"] = "single"  # rows of that trial; gallery drawn per trial
     shots: int = 0  # images drawn per (id, camera) of the gallery; 0 = all
+    both_ways: bool = False  # each trial is asked in both directions, averaged inside the trial first (VIPeR)
     own_model_per_trial: bool = False  # RegDB: each trial has its own training identities
     source: str = "datasets.md"
 
@@ -118,10 +119,10 @@ def _cross(name: str, query: str, gallery: str, **more: Any) -> Protocol:
     )  # fmt: skip
 
 
-def _small_set(name: str, query: Side, gallery: Side) -> Protocol:
+def _small_set(name: str, query: Side, gallery: Side, both_ways: bool = False) -> Protocol:
     return Protocol(
         name=name, task="image", query=query, gallery=gallery, scoring=MARKET_RULE, trials=10, trial_rule="column",
-        source="datasets.md 1.7",
+        both_ways=both_ways, source="datasets.md 1.7",
     )  # fmt: skip
 
 
@@ -164,6 +165,7 @@ _ALL = (
     ),
     _small_set("ten-splits", QUERY, GALLERY),
     _small_set("ten-splits-reversed", GALLERY, QUERY),
+    _small_set("ten-splits-both-ways", QUERY, GALLERY, both_ways=True),
 )  # fmt: skip
 PROTOCOLS: Mapping[str, Protocol] = {protocol.name: protocol for protocol in _ALL}
 
@@ -184,18 +186,23 @@ def select(
     """Rows of one trial. Junk (pid -1) is on neither side.
 
     Args:
-        trial: for `trial_rule="column"` an index into the sorted trial numbers; for "draw" the seed, from 0.
+        trial: for `trial_rule="column"` an index into the sorted trial numbers; for "draw" the seed, from 0. Where
+            trials are asked both ways, 2k is trial k and 2k + 1 the same with the sides exchanged.
         permutations: {(camera, pid): int [trials, n] of 1-based file numbers}: SYSU's published `rand_perm_cam`, used
             instead of the seeded draws (datasets.md 6.4 rule a).
     Raises EvaluationError: a column or side that is missing, a trial that is not there.
     """
     use = np.asarray(items.pid) != JUNK
+    query, gallery = protocol.query, protocol.gallery
+    if protocol.both_ways:
+        trial, reverse = divmod(trial, 2)
+        query, gallery = (gallery, query) if reverse else (query, gallery)
     if protocol.trial_rule == "column":
         use &= _trial_rows(protocol, items, trial)
     elif not 0 <= trial < protocol.trials:
         raise EvaluationError(f"protocol {protocol.name} has trials 0 to {protocol.trials - 1}, not {trial}")
     sides = []
-    for role, side in (("query", protocol.query), ("gallery", protocol.gallery)):
+    for role, side in (("query", query), ("gallery", gallery)):
         rows = _rows(protocol, items, side, use)
         if role == "gallery" and protocol.shots:
             rows = _draw(protocol, items, rows, trial, permutations)
@@ -209,8 +216,8 @@ def select(
                 f"protocol {protocol.name}: no {role} rows{modality} among splits {side.splits}{place}"
             )
         sides.append((rows, part))
-    (query, query_part), (gallery, gallery_part) = sides
-    return Selection(query, gallery, query_part, gallery_part)
+    (asked, asked_part), (searched, searched_part) = sides
+    return Selection(asked, searched, asked_part, searched_part)
 
 
 def evaluate(
@@ -227,13 +234,23 @@ def evaluate(
     Raises EvaluationError as `select` and `rank_pair`.
     """
     records = []
-    for trial in range(num_trials(protocol, items)):
+    for trial in range(num_retrievals(protocol, items)):
         chosen = select(protocol, items, trial, permutations)
         query, gallery = ({name: x[rows] for name, x in features.items()} for rows in (chosen.query, chosen.gallery))
         labels = items.labels(chosen.query), items.labels(chosen.gallery)
         sums = rank_pair(query, gallery, *labels, protocol.scoring, options or Options(), weights=weights)
         records.append(sums.record())
-    return {"protocol": protocol.name, **(records[0] if len(records) == 1 else average_records(records))}
+    return {"protocol": protocol.name, **combined(protocol, records)}
+
+
+def combined(protocol: Protocol, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One record from those of all retrievals, in the order of `select`'s trials."""
+    return dict(records[0]) if len(records) == 1 else average_records(records, 2 if protocol.both_ways else 1)
+
+
+def num_retrievals(protocol: Protocol, items: Items) -> int:
+    """How many trials `select` has: `num_trials`, twice where both directions are asked."""
+    return num_trials(protocol, items) * (2 if protocol.both_ways else 1)
 
 
 def num_trials(protocol: Protocol, items: Items) -> int:

@@ -110,23 +110,24 @@ def chance(matches: np.ndarray, kept: np.ndarray) -> tuple[float, float]:
     return float((matches / n).mean()), float(((harmonic + spread * (n - harmonic)) / n).mean())
 
 
-def average_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def average_records(records: Sequence[Mapping[str, Any]], inside: int = 1) -> dict[str, Any]:
     """Mean over trials, plus `num_trials` and the standard deviations `rank1_std` and `mAP_std` over trials
-    (population).
+    (population). `inside` consecutive records make one trial: they are averaged before the spread is taken.
 
     Counts that differ between trials are averaged too, and then no longer whole numbers.
     """
     if not records:
         raise EvaluationError("no trials to average")
     keys = [key for key, value in records[0].items() if isinstance(value, (int, float))]
-    table = {key: np.array([record[key] for record in records], np.float64) for key in keys}
+    columns = {key: np.array([record[key] for record in records], np.float64) for key in keys}
+    table = {key: values.reshape(-1, inside).mean(axis=1) for key, values in columns.items()}
     mean: dict[str, Any] = {key: float(values.mean()) for key, values in table.items()}
     for key in keys:
         if key.startswith("num_") and mean[key].is_integer():
             mean[key] = int(mean[key])
     return {
         **mean,
-        "num_trials": len(records),
+        "num_trials": len(records) // inside,
         "rank1_std": float(table["rank1"].std()),
         "mAP_std": float(table["mAP"].std()),
     }

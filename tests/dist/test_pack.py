@@ -19,10 +19,12 @@ from PIL import Image
 from jobs import pack as job
 from jobs._cluster import connect
 from reid_dist.config import DataConfig
-from reid_dist.data import pack
+from reid_dist.data import layouts, pack
 from reid_dist.data.decode import DecodeError
 from reid_dist.data.records import DatasetError
 from reid_dist.data.store import TableView, open_table, open_view
+from reid_dist.data.synthetic import write_synthetic
+from reid_dist.data.tracklets import read_tracklets
 from reid_dist.errors import UserError
 from reid_dist.storage import StorageError, open_store
 from tests.s3server import S3Server, serve
@@ -135,6 +137,36 @@ def test_bucket_to_bucket(cluster: None, s3: S3Server, tree: Path, tmp_path: Pat
     assert job.main(["market-1501", raw, f"root={root}"])["packed"] == 0
 
 
+PEOPLE = {"size": (32, 16), "num_train": 6, "num_test": 4}
+OTHERS = {"ufine6926": {}, "llcm": {"images_per_id": 2}, "sysu-mm01": {"num_val": 3, "images_per_id": 2},
+          "mars": {"num_distractors": 2, "max_frames": 4}}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_long_captions_infrared_and_video_go_to_a_bucket(
+    cluster: None, s3: S3Server, layout: str, tmp_path: Path
+) -> None:
+    write_synthetic(tmp_path / "set", layout, **PEOPLE, **OTHERS[layout])
+    parsed = layouts.get(layout).parse(open_store(str(tmp_path / "set")))
+    root = f"{s3.uri}/others"
+    record = job.main([layout, str(tmp_path / "set"), f"root={root}"])
+    assert record["rows"] == len(parsed.records)
+    view = open_view(DataConfig(root=root, cache=str(tmp_path / "cache")), (layout,))
+    for name in ("path", "split", "pid", "modality", "captions"):
+        shown = [view.path(row) for row in range(len(view))] if name == "path" else getattr(view, name).tolist()
+        assert shown == [getattr(r, name) for r in parsed.records], name
+    assert view.camid.tolist() == [-1 if r.camid is None else r.camid for r in parsed.records]
+    if layout == "ufine6926":
+        assert np.mean([len(text.split()) for texts in view.captions for text in texts]) > 60
+    if layout in ("llcm", "sysu-mm01"):
+        assert set(view.modality) == {"rgb", "ir"}
+    if layout == "mars":
+        rows = read_tracklets(root, layout, record["content"])
+        assert record["tracklets"] == len(rows) == len({r.tracklet for r in parsed.records})
+        assert sorted(row for tracklet in rows for row in tracklet["rows"]) == list(range(len(view)))
+    assert job.main([layout, str(tmp_path / "set"), f"root={root}"])["packed"] == 0
+
+
 BROKEN = "bounding_box_test/0105_c3s1_000020_01.jpg"
 
 
@@ -243,8 +275,38 @@ def test_plan_and_list_start_nothing(tree: Path, tmp_path: Path, monkeypatch: py
     assert planned["images"] == 3 * IMAGES
     assert planned["files"] == 5
     assert planned["up_to_date"] is False
-    assert "market-1501" in job.main(["--list"])["layouts"]
     assert not (tmp_path / "root").exists()
+
+
+def test_list_shows_tree_access_published_counts_and_options(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    shown = job.main(["--list"])["layouts"]
+    assert set(shown) == set(layouts.names())
+    assert shown["msmt17"]["published"]["gallery"] == {"ids": 3060, "images": 82161, "cameras": 15}
+    assert shown["msmt17"]["options"] == {"val_to_train": True}
+    for name, facts in shown.items():
+        text = next(message for message in caplog.messages if message.startswith(f"{name} ("))
+        assert facts["obtain"] in text
+        assert all(line in text for line in facts["tree"].splitlines())
+        assert all(f"{number:,} {what}" in text for counts in facts["published"].values() for what, number in counts.items())
+    assert list(job.main(["--list", "grid"])["layouts"]) == ["grid"]
+
+
+def test_check_says_what_is_wrong_and_packs_nothing(tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    good = job.main(["--check", "market-1501", str(tree)])
+    assert (good["num_problems"], good["images"], "error" in good) == (0, 3 * IMAGES, False)
+    assert any("train has" in warning and "published" in warning for warning in good["warnings"])
+    (tree / BROKEN).write_bytes(b"no image")
+    (tree / "query" / "notes.txt").write_text("x")
+    found = job.main(["market-1501", str(tree), f"root={tmp_path}/root", "--check"])
+    assert (found["exit_code"], found["num_problems"], len(found["problems"])) == (2, 2, 2)
+    assert found["error"].startswith("2 problems, first: ")
+    assert any(BROKEN in message for message in caplog.messages)
+    assert any("query/notes.txt" in message for message in caplog.messages)
+    assert not (tmp_path / "root").exists()
+    with pytest.raises(UserError, match="no option 'colour'"):
+        job.main(["--check", "market-1501", str(tree), "colour=red"])
 
 
 def test_killed_pack_leaves_no_table_and_goes_through_next_time(cluster: None, tree: Path, tmp_path: Path) -> None:

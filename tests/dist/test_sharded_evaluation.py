@@ -63,7 +63,15 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize(
     "words",
-    [["image"], ["image", "expansion=true"], ["cuhk03-classic"], ["llcm-infrared-to-visible"]],
+    [
+        ["image"],
+        ["image", "expansion=true"],
+        ["image", "rerank=true", "memory_mb=0.1"],
+        ["image", "rerank=true", "expansion=true", "metric=cosine"],
+        ["ten-splits", "rerank.k1=7", "rerank.k2=1", "metric=euclidean"],
+        ["cuhk03-classic"],
+        ["llcm-infrared-to-visible"],
+    ],
     ids=" ".join,
 )
 def test_any_number_of_tasks_gives_the_same_digits(words: list[str], file: str, s3: S3Server) -> None:

@@ -228,7 +228,6 @@ BAD = {
     "unknown option": (lambda d: [saved(d), "image", "rerank.k3=2"], "unknown key 'rerank.k3'.*did you mean"),
     "an override": (lambda d: [saved(d), "image", "data.root=x"], "unknown key 'data'"),
     "senseless re-ranking": (lambda d: [saved(d), "image", "rerank.k1=0"], "k1=0"),
-    "shards of re-ranking": (lambda d: [saved(d), "image", "rerank=true", "shards=2"], "needs all queries at once"),
     "expansion off the cosine": (lambda d: [saved(d), "image", "expansion=true", "metric=dot"], "works on the cosine"),
     "draws for no draw": (lambda d: [saved(d), "image", mat(d, [[1]])], "permutations= goes with the SYSU protocols"),
     "too few draws": (lambda d: [sysu(d), "sysu-all-single-shot", mat(d, [[1, 2]])], "no trial 1 for camera 1, id 1"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from reid_dist.evaluation import domains, protocols
+from reid_dist.evaluation.pipeline import Options
 from reid_dist.evaluation.protocols import Items, check_trial, evaluate, get, num_trials, select, tracklets, trial_index
 from reid_dist.evaluation.similarity import EvaluationError
 from tests.golden import cases, load
@@ -190,6 +191,28 @@ def test_ten_splits_score_in_both_directions():
     assert num_trials(get("ten-splits"), items) == 10
     assert select(get("ten-splits"), items, 3).query.tolist() == [9]
     assert select(get("ten-splits-reversed"), items, 3).query.tolist() == [10, 11]
+
+
+def test_both_ways_are_averaged_inside_a_split_before_the_spread():
+    """VIPeR (datasets.md 1.7): one way finds all, the other half; the ten splits are alike, so nothing spreads."""
+    split = np.array(["query", "query", "gallery", "gallery"] * 10)
+    pid = np.tile([1, 2, 1, 2], 10)
+    items = Items(split=split, pid=pid, camid=np.tile([0, 0, 1, 1], 10), trial=np.repeat(np.arange(10), 4))
+    both = get("ten-splits-both-ways")
+    assert num_trials(both, items) == 10
+    assert select(both, items, 6).query.tolist() == select(get("ten-splits"), items, 3).query.tolist() == [12, 13]
+    assert select(both, items, 7).query.tolist() == [14, 15]
+    # inner products: queries like their match most; seen from the gallery, everybody likes query 2 most
+    rows = np.array([[1, 0], [5, 5], [1, 0.1], [0.1, 1.2]], np.float32)
+    records = [
+        evaluate(get(name), items, {"x": np.tile(rows, (10, 1))}, options=Options(metric="dot"))
+        for name in ("ten-splits", "ten-splits-reversed", "ten-splits-both-ways")
+    ]
+    there, back, mean = (record["rank1"] for record in records)
+    assert (there, back) == (1.0, 0.5)
+    assert mean == pytest.approx((there + back) / 2)
+    assert (records[2]["num_trials"], records[2]["rank1_std"]) == (10, 0.0)
+    assert domains.get("small4/viper").protocol == "ten-splits-both-ways"
 
 
 def test_cuhk03_classic_uses_one_list_for_both_sides():

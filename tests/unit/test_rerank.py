@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +102,25 @@ def test_equal_features_stay_finite_and_it_helps_the_ranking():
     better = rank_blocks((-b for b in KReciprocal(q, g).blocks()), query, gallery, Scoring()).record()
     assert better["mAP"] > plain + 0.03
     assert better == rank_scores(-KReciprocal(q, g).matrix(), query, gallery).record()
+
+
+@pytest.mark.parametrize("parts", [2, 4, 7])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_shares_of_the_work_give_the_same_digits(metric, parts):
+    q, g, *_ = crowd(7)
+
+    def made(reach=None) -> KReciprocal:
+        return KReciprocal(q, g, metric=metric, memory_mb=0.1, reach=reach)
+
+    def shares(count):
+        return itertools.pairwise(np.linspace(0, count, parts + 1).astype(int).tolist())
+
+    found = [made().neighbours(*share) for share in shares(len(q) + len(g))]
+    reach = made().fit(found)
+    blocks = [block.copy() for share in shares(len(q)) for block in made(reach).blocks(*share)]
+    np.testing.assert_array_equal(np.concatenate(blocks), made().matrix())
+    with pytest.raises(EvaluationError, match="neighbours of"):
+        made().fit(found[:-1])
 
 
 def test_named_embeddings_add_their_squared_distances():

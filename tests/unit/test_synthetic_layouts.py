@@ -15,11 +15,12 @@ from reid_dist.data.layouts import msmt17
 from reid_dist.data.layouts.cuhk_pedes import SET
 from reid_dist.data.members import load_image
 from reid_dist.data.records import Record, first_split
-from reid_dist.data.store import open_view
+from reid_dist.data.store import NONE, TableView, open_view
 from reid_dist.data.synthetic import plan_synthetic, world_for, write_synthetic
 from reid_dist.data.synthetic.parts import part_mask
 from reid_dist.data.synthetic.words import read_phrases
 from reid_dist.data.synthetic.write import FORMS
+from reid_dist.data.tracklets import read_tracklets, tracklets_of, write_tracklets
 from reid_dist.errors import UserError
 from reid_dist.storage import open_store
 from tests.fixtures_trees import TRAP, ShuffledStore
@@ -137,24 +138,56 @@ def test_paraphrases_are_written_and_read(tmp_path) -> None:
     assert all(("diversity_captions" in e) == (e["split"] == "train") for e in entries)
 
 
-# ---- writer -> parser -> table -> view
+# ---- writer -> parser -> table -> records
 
 
-@pytest.mark.parametrize("layout", ["cuhk03-classic", "cuhk-sysu", "regdb", "i-lids", "mars"])
-def test_tables_hold_trials_and_images_inside_files(layout: str, tmp_path) -> None:
+def packed(layout: str, tmp_path) -> pack.Plan:
+    """A small synthetic tree of a layout, packed by the job's own functions."""
+    write_synthetic(tmp_path / TRAP / "set", layout, **small(layout))
+    todo = pack.plan(layout, str(tmp_path / TRAP / "set"), str(tmp_path))
+    results = []
+    for number in range(2):  # two data files
+        half = len(todo.parsed.records) // 2
+        part = todo.parsed.records[half:] if number else todo.parsed.records[:half]
+        results.append({"chunk": number, **pack._write_chunk(number, part, todo.source, todo.uri, todo.tag, "stop")})
+    facts = pack._facts(todo, results)
+    tables.commit(todo.uri, todo.tag, results, facts)
+    write_tracklets(todo.root, todo.name, facts.content)
+    return todo
+
+
+def record_of(view: TableView, row: int) -> Record:
+    """A row as the record that it was made from."""
+
+    def known(value: int) -> int | None:
+        return None if value == NONE else int(value)
+
+    return Record(
+        path=view.path(row), split=str(view.split[row]), pid=int(view.pid[row]), camid=known(view.camid[row]),
+        modality=str(view.modality[row]), tracklet=known(view.tracklet[row]), frame=known(view.frame[row]),
+        domain=str(view.domain_name[row]), captions=view.captions[row], trials=view.trials[row],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", layouts.names())
+def test_a_table_gives_back_the_records(layout: str, tmp_path) -> None:
+    """With `test_round_trip`: writer -> parser -> table -> records is the identity, for every layout."""
+    todo = packed(layout, tmp_path)
+    records = todo.parsed.records
+    view = open_view(DataConfig(root=str(tmp_path)), (layout,))
+    assert tuple(record_of(view, row) for row in range(len(view))) == records
+    store = open_store(todo.source)
+    assert view.encoded(np.arange(len(view))) == [load_image(store, record.path) for record in records]
+    assert json.loads(view.tables[0].facts.notes["synthetic"])["layout"] == layout
+    check_trials(view, records)
+    check_tracklets(view, records, str(tmp_path), layout)
+    assert pack.plan(layout, todo.source, str(tmp_path)).present is not None  # nothing is left to do
+
+
+def check_trials(view: TableView, records: tuple[Record, ...]) -> None:
     """One row per image whatever the number of trials; a view shows one trial's splits, or every row in each trial."""
-    write_synthetic(tmp_path / "set", layout, **small(layout))
-    todo = pack.plan(layout, str(tmp_path / "set"), str(tmp_path))
-    done = pack._write_chunk(0, todo.parsed.records, todo.source, todo.uri, todo.tag, "stop")
-    tables.commit(todo.uri, todo.tag, [{"chunk": 0, **done}], pack._facts(todo, [{"chunk": 0, **done}]))
-    view, records = open_view(DataConfig(root=str(tmp_path)), (layout,)), todo.parsed.records
-    assert len(view) == len(records)
-    assert [view.path(row) for row in range(len(view))] == [r.path for r in records]
-    assert view.trials.tolist() == [r.trials for r in records]
     count = len(records[0].trials) or 1
     assert view.num_trials == count
-    store = open_store(str(tmp_path / "set"))
-    assert view.encoded([0, len(view) - 1]) == [load_image(store, records[row].path) for row in (0, -1)]
     for number in range(count):
         splits = [(r.trials[number] or "unused") if r.trials else r.split for r in records]
         assert view.trial(number).split.tolist() == splits
@@ -166,3 +199,45 @@ def test_tables_hold_trials_and_images_inside_files(layout: str, tmp_path) -> No
     ]
     with pytest.raises(UserError, match=f"no trial {count}"):
         view.trial(count)
+
+
+def check_tracklets(view: TableView, records: tuple[Record, ...], root: str, name: str) -> None:
+    """One row per tracklet, its frames in order; none for sets of images."""
+    content = view.tables[0].facts.content
+    frames: dict[int, list[int]] = {}
+    for row, record in enumerate(records):
+        if record.tracklet is not None:
+            frames.setdefault(record.tracklet, []).append(row)
+    if not frames:
+        with pytest.raises(UserError, match="no tracklet table"):
+            read_tracklets(root, name, content)
+        return
+    ordered = {number: sorted(rows, key=lambda row: records[row].frame or 0) for number, rows in frames.items()}
+    found = read_tracklets(root, name, content)
+    assert [row["tracklet"] for row in found] == list(ordered)
+    for row in found:
+        first = records[ordered[row["tracklet"]][0]]
+        assert row["rows"] == ordered[row["tracklet"]]
+        assert row["length"] == len(row["rows"])
+        assert (row["pid"], row["camid"], row["split"], row["domain"]) == (first.pid, first.camid, first.split, name)
+        assert tuple(row["trials"]) == first.trials
+        assert tracklets_of(view, np.array(row["rows"][-1:]))[0].tolist() == row["rows"]
+    with pytest.raises(UserError, match="or an older one"):
+        read_tracklets(root, name, "other")
+
+
+def test_frames_of_a_view_in_any_order_are_one_tracklet_in_frame_order(tmp_path) -> None:
+    packed("mars", tmp_path)
+    view = open_view(DataConfig(root=str(tmp_path)), ("mars",))
+    mixed = view.select(np.random.default_rng(0).permutation(len(view)))
+    for row in range(0, len(mixed), 7):
+        same = (mixed.tracklet == mixed.tracklet[row]) & (mixed.pid == mixed.pid[row])
+        members = tracklets_of(mixed, np.array([row]))[0]
+        assert sorted(members.tolist()) == np.flatnonzero(same).tolist()
+        assert mixed.frame[members].tolist() == sorted(mixed.frame[same].tolist())
+
+
+def test_a_lost_tracklet_table_is_made_again(tmp_path) -> None:
+    todo = packed("mars", tmp_path)
+    open_store(todo.root).delete_tree("tables/mars.tracklets.lance")
+    assert pack.plan("mars", todo.source, str(tmp_path)).present is None

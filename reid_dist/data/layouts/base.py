@@ -21,8 +21,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from reid_dist.data.decode import inspect as inspect_image
-from reid_dist.data.members import load_image
 from reid_dist.data.records import DatasetError, ParsedDataset, Record
 from reid_dist.errors import UserError
 from reid_dist.storage.base import Store
@@ -61,7 +59,7 @@ class Tree:
     strict: bool
     sizes: dict[str, int]  # {relative path: bytes}, sorted bytewise, without housekeeping
     ignored: tuple[str, ...]
-    problems: list[str] | None = None  # collects what is wrong instead of stopping at the first (Layout.check)
+    problems: list[str] | None = None  # collects what is wrong instead of stopping at the first (data/check.py)
     unclaimed: set[str] = field(init=False)
     warnings: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
@@ -97,7 +95,10 @@ class Tree:
         Raises DatasetError for a folder without files, an empty file and, in strict mode, another name; otherwise such
         files stay unclaimed.
         """
-        for path in self.below(folder):
+        inside: list[str] = []
+        with self.noting():
+            inside = self.below(folder)
+        for path in inside:
             found = pattern.fullmatch(path[len(folder) + 1 :])
             with self.noting():
                 if found is None and self.strict:
@@ -143,6 +144,12 @@ class Tree:
         except UnicodeDecodeError as error:
             raise DatasetError(f"{self.store.uri}: {path} is not UTF-8 text: {error}") from None
         return [line.strip() for line in lines if line.strip()]
+
+    def entries(self, path: str) -> list[str]:
+        """Lines of a list whose entries mean something alone: while checking, a list that is not there has none."""
+        with self.noting():
+            return self.read_lines(path)
+        return []
 
     def read_mat(self, path: str, key: str, records: bool = False) -> np.ndarray:
         """One variable of a MATLAB file before 7.3; `records`: structures as objects, single values without their axes.
@@ -199,43 +206,25 @@ class Layout:
         a subset or a synthetic tree is a legitimate dataset. Raises DatasetError naming the file, UserError for an
         unknown option.
         """
-        self._refuse_unknown(options)
+        self.refuse_unknown(options)
         tree = open_tree(store, strict)
         records = tuple(self.read(tree, **options))
         _refuse_strays(tree, self)
         parsed = ParsedDataset(name=self.name, records=records, ignored=tree.ignored, notes=tree.notes)
-        warnings = (*tree.warnings, *_shared_ids(records), *_other_counts(parsed, self.expected))
+        warnings = (*tree.warnings, *remarks(parsed, self.expected))
         for warning in warnings:
             log.warning("%s: %s", self.name, warning)
         return ParsedDataset(name=self.name, records=records, ignored=tree.ignored, warnings=warnings, notes=tree.notes)
 
-    def check(self, store: Store, **options: Any) -> list[str]:
-        """Everything that is wrong with a tree, file by file; [] for a tree that packs. Decodes every image.
+    @property
+    def options(self) -> dict[str, Any]:
+        """What its parser can be told beside the tree, with the usual values."""
+        parameters = list(inspect.signature(self.read).parameters.values())[1:]
+        return {parameter.name: parameter.default for parameter in parameters}
 
-        Raises UserError for an unknown option, StorageError.
-        """
-        self._refuse_unknown(options)
-        problems: list[str] = []
-        records: list[Record] = []
-        try:
-            tree = open_tree(store)
-            tree.problems = problems
-            records.extend(self.read(tree, **options))
-            tree.pass_over(COMPANION, "companion papers")
-            read = {path.partition("#")[0] for path in (record.path for record in records)}
-            strays = sorted(tree.unclaimed - read, key=str.encode)
-            problems += [f"{store.uri}: {path} does not belong to {self.name}" for path in strays]
-        except DatasetError as error:
-            problems.append(str(error))
-        for record in records:
-            try:
-                inspect_image(load_image(store, record.path), record.path)
-            except (DatasetError, FileNotFoundError) as error:
-                problems.append(f"{store.uri}: {error}")
-        return problems
-
-    def _refuse_unknown(self, options: Mapping[str, Any]) -> None:
-        known = list(inspect.signature(self.read).parameters)[1:]
+    def refuse_unknown(self, options: Mapping[str, Any]) -> None:
+        """Raises UserError for an option that the parser does not have."""
+        known = list(self.options)
         if unknown := sorted(set(options) - set(known)):
             raise UserError(f"layout {self.name} has no option {unknown[0]!r}; it knows {', '.join(known) or 'none'}")
 
@@ -274,6 +263,11 @@ def _refuse_strays(tree: Tree, layout: Layout) -> None:
             f"{tree.store.uri}: {text} does not belong to {layout.name}; remove it or parse with strict off"
         )
     tree.warnings.append(f"passed over: {text}")
+
+
+def remarks(parsed: ParsedDataset, expected: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """What is unusual about a dataset and still legitimate: shared ids, counts that differ from the published ones."""
+    return [*_shared_ids(parsed.records), *_other_counts(parsed, expected)]
 
 
 def _shared_ids(records: Iterable[Record]) -> list[str]:

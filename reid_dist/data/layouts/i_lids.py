@@ -36,6 +36,7 @@ def read(tree: Tree, splits: str = "") -> list[Record]:
         with tree.noting():
             if len(paths) < 2:
                 raise tree.wrong(paths[0], f"is the only image of person {pid}; a query needs another one to find")
+    images = {pid: paths for pid, paths in images.items() if len(paths) > 1}
 
     def assign(rng: np.random.Generator, train: set[int]) -> dict[str, str]:
         chosen: dict[str, str] = {}

@@ -31,7 +31,7 @@ def read(tree: Tree) -> list[Record]:
     records: dict[str, Record] = {}
     for side, modality in _SIDES.items():
         source = f"idx/train_{side}.txt"
-        for number, line in enumerate(tree.read_lines(source), 1):
+        for number, line in enumerate(tree.entries(source), 1):
             with tree.noting():
                 record = _listed(tree, line, modality, f"{source}, line {number},")
                 if record.path in records:

@@ -97,12 +97,16 @@ def _tracklet(tree: Tree, paths: list[str], prefix: str, pid: int, split: str, n
     records = []
     for path in frames:
         found = _FRAME.fullmatch(path.rpartition("/")[2])
-        if found is None:
-            raise tree.wrong(path, "is no frame: expected <id>_<n>_<camera>_..._<frame>.jpg with a camera from 1 to 15")
-        records.append(
-            Record(path=tree.image(path), split=split, pid=pid, camid=int(found[1]) - 1, tracklet=number,
-                   frame=int(found[2]), domain=NAME)
-        )  # fmt: skip
+        with tree.noting():
+            if found is None:
+                tree.claim(path)  # what is wrong with it is said here
+                raise tree.wrong(
+                    path, "is no frame: expected <id>_<n>_<camera>_..._<frame>.jpg with a camera from 1 to 15"
+                )
+            records.append(
+                Record(path=tree.image(path), split=split, pid=pid, camid=int(found[1]) - 1, tracklet=number,
+                       frame=int(found[2]), domain=NAME)
+            )  # fmt: skip
     return sorted(records, key=lambda record: record.frame or 0)
 
 

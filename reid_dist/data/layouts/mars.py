@@ -63,19 +63,26 @@ def _tracklet(
         raise tree.wrong(where, f"spans lines {start} to {end} of the {len(names)} in info/{side}_name.txt")
     records = []
     for name in names[start - 1 : end]:
-        found = _BASENAME.fullmatch(name)
-        if found is None:
-            raise tree.wrong(f"info/{side}_name.txt", f"lists {name!r:.80}; expected a name like 0001C1T0001F001.jpg")
-        if (int(found[1].replace("00-1", "-1")), int(found[2])) != (pid, camera):
-            raise tree.wrong(where, f"says id {pid}, camera {camera}, its frame {name} does not")
-        path = f"{_SIDES[side]}/{name[:4]}/{name}"
-        if path not in tree.sizes:
-            raise tree.wrong(where, f"needs {path}, which is not there")
-        records.append(
-            Record(path=tree.image(path), split=split, pid=pid, camid=camera - 1, tracklet=number, frame=int(found[4]),
-                   domain=NAME)
-        )  # fmt: skip
+        with tree.noting():
+            path, frame = _frame(tree, side, name, pid, camera, where)
+            records.append(
+                Record(path=tree.image(path), split=split, pid=pid, camid=camera - 1, tracklet=number, frame=frame,
+                       domain=NAME)
+            )  # fmt: skip
     return records if pid != JUNK else []
+
+
+def _frame(tree: Tree, side: str, name: str, pid: int, camera: int, where: str) -> tuple[str, int]:
+    """Path and number of a listed frame of a tracklet."""
+    found = _BASENAME.fullmatch(name)
+    if found is None:
+        raise tree.wrong(f"info/{side}_name.txt", f"lists {name!r:.80}; expected a name like 0001C1T0001F001.jpg")
+    if (int(found[1].replace("00-1", "-1")), int(found[2])) != (pid, camera):
+        raise tree.wrong(where, f"says id {pid}, camera {camera}, its frame {name} does not")
+    path = f"{_SIDES[side]}/{name[:4]}/{name}"
+    if path not in tree.sizes:
+        raise tree.wrong(where, f"needs {path}, which is not there")
+    return path, int(found[4])
 
 
 def write(folder: Path, samples: Iterable[Sample]) -> list[str]:

@@ -55,7 +55,7 @@ def _listed(tree: Tree, root: str, folders: str) -> list[Record]:
     records: dict[str, Record] = {}
     for split, side in _LISTS.items():
         source = f"{root}list_{split}.txt"
-        for number, line in enumerate(tree.read_lines(source), 1):
+        for number, line in enumerate(tree.entries(source), 1):
             with tree.noting():
                 record = _entry(tree, f"{root}{folders.format(side)}/", line, split, f"{source}, line {number},")
                 if record.path in records:

@@ -59,7 +59,7 @@ def _trial(tree: Tree, records: dict[str, Record], trial: int, split: str, taken
     people: dict[str, int] = {}
     for folder in _SIDES:
         source = f"idx/{split}_{folder.lower()}_{trial}.txt"
-        for number, line in enumerate(tree.read_lines(source), 1):
+        for number, line in enumerate(tree.entries(source), 1):
             with tree.noting():
                 fields = _LINE.fullmatch(line)
                 if fields is None:

@@ -27,9 +27,10 @@ def read(tree: Tree, val_to_train: bool = True) -> list[Record]:
     """Records by camera, person and number. Raises DatasetError naming file and value."""
     listed: dict[int, str] = {}
     for side in SPLITS:
-        for pid in id_list(tree, f"exp/{side}_id.txt"):
-            if listed.setdefault(pid, side) != side:
-                raise tree.wrong(f"exp/{side}_id.txt", f"lists {pid}, which exp/{listed[pid]}_id.txt lists too")
+        with tree.noting():
+            for pid in id_list(tree, f"exp/{side}_id.txt"):
+                if listed.setdefault(pid, side) != side:
+                    raise tree.wrong(f"exp/{side}_id.txt", f"lists {pid}, which exp/{listed[pid]}_id.txt lists too")
     splits = {pid: "train" if side == "val" and val_to_train else side for pid, side in listed.items()}
     records, unlisted = [], 0
     for camera in range(1, 7):

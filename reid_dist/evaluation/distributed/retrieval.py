@@ -17,10 +17,10 @@ from reid_dist.data.store import TableView
 from reid_dist.errors import UserError
 from reid_dist.evaluation.neighbours import nearest
 from reid_dist.evaluation.pipeline import Options, rank_pair
-from reid_dist.evaluation.protocols import Items, Protocol, Selection, num_trials, select, tracklets
+from reid_dist.evaluation.protocols import Items, Protocol, Selection, combined, num_retrievals, select, tracklets
 from reid_dist.evaluation.ranking import JUNK
 from reid_dist.evaluation.similarity import EvaluationError, constant_features
-from reid_dist.evaluation.sums import RankingSums, average_records
+from reid_dist.evaluation.sums import RankingSums
 from reid_dist.methods.spec import EvalSide
 
 Features = Mapping[str, Mapping[str, Tensor]]  # {kind: {embedding name: [N, D]}}
@@ -111,7 +111,9 @@ def plan_retrieval(
     """
     try:
         items, rows = items_of(protocol, view, selection_split, trial)
-        selections = [select(protocol, items, number, permutations) for number in range(num_trials(protocol, items))]
+        selections = [
+            select(protocol, items, number, permutations) for number in range(num_retrievals(protocol, items))
+        ]
     except EvaluationError as error:
         raise UserError(f"table {view.describe()}: {error}") from None
     query_kind, gallery_kind = (
@@ -146,7 +148,7 @@ def plan_retrieval(
 def file_retrieval(protocol: Protocol, items: Items, permutations: Permutations | None = None) -> Retrieval:
     """A protocol over the rows of a feature file, which are encoded already (kind "file"). Raises EvaluationError."""
     rows = np.arange(len(items.pid), dtype=np.int64)
-    chosen = [select(protocol, items, number, permutations) for number in range(num_trials(protocol, items))]
+    chosen = [select(protocol, items, number, permutations) for number in range(num_retrievals(protocol, items))]
     trials = tuple(Trial(one, one.query, one.gallery) for one in chosen)
     return Retrieval(protocol, items, rows, np.asarray(items.pid), {}, "file", "file", trials)
 
@@ -192,7 +194,7 @@ def summary(retrieval: Retrieval, sums: list[RankingSums], options: Options) -> 
         records = [one.record() for one in sums]
     except EvaluationError as error:
         raise UserError(str(error)) from None
-    mean = records[0] if len(records) == 1 else average_records(records)
+    mean = combined(retrieval.protocol, records)
     first = np.where(sums[0].matches > 0, sums[0].ap, np.nan)
     return {"protocol": retrieval.protocol.name, **mean, **options.record()}, first
 

@@ -3,7 +3,8 @@
 Features are written once, in pieces of consecutive items, below a place that every node reads; a task that scores reads
 the gallery and the pieces of its queries. The digits do not depend on the number of tasks: pieces are cut at multiples
 of the encoding batch, scores are products of one fixed shape (similarity.py), and the queries' terms are added in query
-order when the shards are put together (sums.py). Re-ranking needs all queries at once and stays in one process.
+order when the shards are put together (sums.py). Re-ranking looks at all queries together, so its tasks come in steps:
+neighbours of a share of all items, one task that joins them, distances of a share of the queries.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import numpy as np
 
 from reid_dist.errors import UserError
 from reid_dist.evaluation.distributed.retrieval import COLLAPSED, Features, Retrieval, Trial, summary
-from reid_dist.evaluation.pipeline import Options, rank_pair
+from reid_dist.evaluation.neighbours import Neighbours
+from reid_dist.evaluation.pipeline import Options, expand, rank_pair, rank_reranked, reranking
 from reid_dist.evaluation.ranking import Labels, Scoring
+from reid_dist.evaluation.rerank import KReciprocal, Reach
 from reid_dist.evaluation.similarity import EvaluationError, constant_features, host
 from reid_dist.evaluation.sums import RankingSums
 from reid_dist.methods.spec import EvalSide
@@ -127,24 +130,36 @@ def score_sharded(
     """As `retrieval.score`, with the queries of each trial cut into `tasks` Ray tasks. Raises UserError."""
     import ray
 
-    if options.rerank is not None:
-        raise UserError("re-ranking needs all queries at once: leave out shards= or rerank=")
-    run = ray.remote(num_cpus=1)(_score_share)
-    labels, waiting = retrieval.items.labels, []
+    kinds, labels, waiting = (retrieval.query_kind, retrieval.gallery_kind), retrieval.items.labels, []
     for trial in retrieval.trials:
-        gallery = ray.put((trial.gallery, labels(trial.selection.gallery)))
-        for start, stop in _shards(trial, tasks):
-            queries = _Queries(start, trial.query[start:stop], labels(trial.selection.query[start:stop]))
-            kinds = (retrieval.query_kind, retrieval.gallery_kind)
-            waiting.append(run.remote(stored, kinds, queries, gallery, retrieval.protocol.scoring, options, weights))
-    answers = iter(_get(waiting))
+        sides = labels(trial.selection.query), labels(trial.selection.gallery)
+        search = ray.put(
+            _Search(stored, kinds, trial.query, trial.gallery, *sides, retrieval.protocol.scoring, options, weights)
+        )
+        waiting.append(_start(search, _shards(trial, tasks), len(trial.query) + len(trial.gallery), options, tasks))
+    answers = iter(_get([task for started in waiting for task in started]))
     sums = []
-    for trial in retrieval.trials:
-        parts = [next(answers) for _ in _shards(trial, tasks)]
+    for started in waiting:
+        parts = [next(answers) for _ in started]
         if refuse_constant and parts[0][1]:
             raise UserError(COLLAPSED)
         sums.append(RankingSums.merge([part for part, _ in parts]))
     return summary(retrieval, sums, options)
+
+
+def _start(search: Any, shards: list[tuple[int, int]], num_items: int, options: Options, tasks: int) -> list[Any]:
+    """The tasks of one trial; the last ones, one for each shard of the queries, are returned."""
+    import ray
+
+    def run(task: Callable[..., Any], *args: Any) -> Any:
+        return ray.remote(num_cpus=1)(task).remote(search, *args)
+
+    if options.rerank is None:
+        return [run(_score_share, *shard) for shard in shards]
+    expanded = [run(_expand_share, *shard) for shard in shards] if options.expansion is not None else []
+    near = [run(_neighbours_share, *share, *expanded) for share in _cut(num_items, -(-num_items // tasks))]
+    reach = run(_join_shares, len(expanded), *expanded, *near)
+    return [run(_score_reranked, *shard, reach, *expanded) for shard in shards]
 
 
 def _shards(trial: Trial, tasks: int) -> list[tuple[int, int]]:
@@ -153,28 +168,65 @@ def _shards(trial: Trial, tasks: int) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class _Queries:
-    """A shard: consecutive queries of one trial."""
+class _Search:
+    """One trial, as each of its tasks sees it."""
 
-    first: int
-    items: np.ndarray
-    labels: Labels
+    stored: StoredFeatures
+    kinds: tuple[str, str]
+    query_items: np.ndarray
+    gallery_items: np.ndarray
+    query_labels: Labels
+    gallery_labels: Labels
+    scoring: Scoring
+    options: Options
+    weights: Mapping[str, float] | None
+
+    def query(self, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
+        return self.stored.read(self.kinds[0], self.query_items[start:stop])
+
+    def gallery(self) -> dict[str, np.ndarray]:
+        return self.stored.read(self.kinds[1], self.gallery_items)
+
+    def labels(self, start: int, stop: int) -> Labels:
+        return self.query_labels.take(np.arange(start, stop))
+
+    def reranking(self, gallery: Any, expanded: Sequence[np.ndarray], reach: Reach | None = None) -> KReciprocal:
+        query = np.concatenate(expanded) if expanded else self.query()
+        return reranking(query, gallery, self.options, self.weights, reach)
 
 
-def _score_share(
-    stored: StoredFeatures,
-    kinds: tuple[str, str],
-    queries: _Queries,
-    gallery: tuple[np.ndarray, Labels],
-    scoring: Scoring,
-    options: Options,
-    weights: Mapping[str, float] | None,
-) -> tuple[RankingSums, bool]:
-    """(the shard's sums, whether all gallery features are equal)."""
-    query, found = stored.read(kinds[0], queries.items), stored.read(kinds[1], gallery[0])
+def _score_share(search: _Search, start: int, stop: int) -> tuple[RankingSums, bool]:
+    """(sums of queries start to stop, whether all gallery features are equal)."""
+    found, labels = search.gallery(), (search.labels(start, stop), search.gallery_labels)
     sums = rank_pair(
-        query, found, queries.labels, gallery[1], scoring, options, weights=weights, first_query=queries.first
-    )
+        search.query(start, stop), found, *labels, search.scoring, search.options, weights=search.weights,
+        first_query=start,
+    )  # fmt: skip
+    return sums, constant_features(found)
+
+
+def _expand_share(search: _Search, start: int, stop: int) -> np.ndarray:
+    """Expanded queries start to stop."""
+    return expand(search.query(start, stop), search.gallery(), search.options, search.weights)
+
+
+def _neighbours_share(search: _Search, start: int, stop: int, *expanded: np.ndarray) -> Neighbours:
+    """Neighbours of items start to stop, queries first."""
+    return search.reranking(search.gallery(), expanded).neighbours(start, stop)
+
+
+def _join_shares(search: _Search, num_expanded: int, *parts: Any) -> Reach:
+    """Of all items, from the expanded queries (`num_expanded` pieces) and the neighbours."""
+    return search.reranking(search.gallery(), parts[:num_expanded]).fit(parts[num_expanded:])
+
+
+def _score_reranked(
+    search: _Search, start: int, stop: int, reach: Reach, *expanded: np.ndarray
+) -> tuple[RankingSums, bool]:
+    """As `_score_share`, by re-ranked distances."""
+    found = search.gallery()
+    ranked, labels = search.reranking(found, expanded, reach), search.labels(start, stop)
+    sums = rank_reranked(ranked, labels, search.gallery_labels, search.scoring, first_query=start)
     return sums, constant_features(found)
 
 
@@ -185,6 +237,9 @@ def _get(waiting: list[Any]) -> list[Any]:
     try:
         return list(ray.get(waiting))
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, (UserError, EvaluationError)):
-            raise UserError(str(error.cause)) from None
+        cause = error.cause
+        while isinstance(cause, ray.exceptions.RayTaskError):  # of a task that this one waited for
+            cause = cause.cause
+        if isinstance(cause, (UserError, EvaluationError)):
+            raise UserError(str(cause)) from None
         raise
