@@ -94,6 +94,8 @@ def plan(layout: str, source: str, root: str, *, name: str = "", on_error: str =
     if on_error not in ("stop", "quarantine"):
         raise UserError(f"on_error={on_error!r}: choose stop or quarantine")
     chosen = layouts.get(layout)
+    if chosen.options.get("domain") == "":  # a form that many datasets have: each is its own
+        options.setdefault("domain", name or chosen.name)
     store = open_store(source)
     parsed = chosen.parse(store, **options)
     if not parsed.records:

@@ -214,6 +214,10 @@ BAD = {
         lambda d: [saved(d, trial=ONE_SIDED["trial"]), "ten-splits"],
         "no query rows.*in trial 1",
     ),
+    "ragged trials": (
+        lambda d: [saved(d, trial=np.zeros(7, int)), "ten-splits"],
+        r"trial has shape \(7,\), feat has 8 rows",
+    ),
     "a query modality absent": (
         lambda d: [saved(d, modality=ONE_SIDED["modality"], trial=np.zeros(8, int)), "regdb-thermal-to-visible"],
         "no query rows of modality 'ir'",

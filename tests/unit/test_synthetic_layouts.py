@@ -237,6 +237,16 @@ def test_frames_of_a_view_in_any_order_are_one_tracklet_in_frame_order(tmp_path)
         assert mixed.frame[members].tolist() == sorted(mixed.frame[same].tolist())
 
 
+def test_two_datasets_of_the_generic_form_are_two(tmp_path) -> None:
+    """Id 1 of one lab's table is not id 1 of another's."""
+    write_synthetic(tmp_path / "set", "csv", **small("csv"))
+    names = [
+        {r.domain for r in pack.plan("csv", str(tmp_path / "set"), str(tmp_path), **words).parsed.records}
+        for words in ({"name": "ours"}, {"name": "theirs"}, {"name": "ours", "domain": "theirs"})
+    ]
+    assert names == [{"ours"}, {"theirs"}, {"theirs"}]
+
+
 def test_a_lost_tracklet_table_is_made_again(tmp_path) -> None:
     todo = packed("mars", tmp_path)
     open_store(todo.root).delete_tree("tables/mars.tracklets.lance")

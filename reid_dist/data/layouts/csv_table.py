@@ -25,8 +25,11 @@ SPLITS = ("train", "val", "query", "gallery", "test")
 FILES = {"dataset.csv": ",", "dataset.tsv": "\t"}
 
 
-def read(tree: Tree, domain: str = NAME) -> list[Record]:
-    """Records in the order of first appearance. `domain` is the dataset's name in records. Raises DatasetError."""
+def read(tree: Tree, domain: str = "") -> list[Record]:
+    """Records in the order of first appearance. `domain` is the dataset's name in records, within which a pid is one
+    person; packing gives the table's name, so that two datasets of this form are two. Raises DatasetError.
+    """
+    domain = domain or NAME
     source = tree.one_of(*FILES)
     try:
         text = tree.store.read(source).decode("utf-8-sig")
