@@ -202,14 +202,14 @@ def trial_of(protocol: Any, view: Any, trained: Any, tables: Any, asked: int | N
 
 
 def refuse_new_leaks(loaded: Any, whole: Any) -> None:
-    """Tables that training did not know of are looked through for what it was trained on. Raises LeakError."""
+    """Tables that training did not mean to test are looked through for what it was trained on. Raises LeakError."""
     from reid_dist.data.leaks import check_leaks
     from reid_dist.data.store import open_view
 
     if loaded.run is None:  # what a published checkpoint was trained on, no table says
         return
     data, known = loaded.recipe.data, trained_on(loaded)
-    if {table.name for table in whole.tables} - {*known.test, *known.train}:
+    if {table.name for table in whole.tables} - set(known.test or known.train):
         check_leaks(open_view(dataclasses.replace(data, trial=known.trial), known.train, known.train_splits), whole)
 
 

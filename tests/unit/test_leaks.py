@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from jobs import evaluate
 from jobs.train import train
 from reid_dist import methods
 from reid_dist.config import DataConfig
@@ -103,6 +105,24 @@ def test_each_division_is_held_against_its_own_test_side(tmp_path):
         check_leaks(view(tmp_path, "other", "train"), view(tmp_path, "ten"))
     assert len(leaks.tested(view(tmp_path, "ten"))) == 8
     assert len(leaks.tested(view(tmp_path, "other"))) == 0
+
+
+def test_scoring_a_source_of_which_all_images_trained_is_refused(tmp_path):
+    """The "all" protocols: b was to be tested, and somebody scores a, whose query and gallery were trained on."""
+    table(tmp_path, "a", CLEAN)
+    table(tmp_path, "b", [("q.jpg", "query", 70, 0, 11), ("g.jpg", "gallery", 70, 1, 12)])
+
+    def scored(name: str, splits: tuple[str, ...], test: tuple[str, ...] = ("b",)) -> None:
+        data = DataConfig(root=str(tmp_path), train=("a",), test=test, train_splits=splits)
+        card = {"recipe": {"data": {"train": ["a"], "test": list(test), "train_splits": list(splits)}}}
+        run = SimpleNamespace(card=lambda: card)
+        evaluate.refuse_new_leaks(SimpleNamespace(run=run, recipe=SimpleNamespace(data=data)), view(tmp_path, name))
+
+    with pytest.raises(LeakError, match=r"1 identities and 3 images of a .*identity 3 of a"):
+        scored("a", ("train", "query", "gallery"))
+    scored("a", ("train",))
+    scored("b", ("train", "query", "gallery"))
+    scored("a", ("train",), test=())  # what training itself looked at
 
 
 def test_a_training_job_refuses_before_it_starts(tmp_path):

@@ -9,6 +9,7 @@ neighbours of a share of all items, one task that joins them, distances of a sha
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import logging
@@ -149,10 +150,9 @@ def score_sharded(
 
 def _start(search: Any, shards: list[tuple[int, int]], num_items: int, options: Options, tasks: int) -> list[Any]:
     """The tasks of one trial; the last ones, one for each shard of the queries, are returned."""
-    import ray
 
     def run(task: Callable[..., Any], *args: Any) -> Any:
-        return ray.remote(num_cpus=1)(task).remote(search, *args)
+        return _remote(task).remote(search, *args)
 
     if options.rerank is None:
         return [run(_score_share, *shard) for shard in shards]
@@ -160,6 +160,13 @@ def _start(search: Any, shards: list[tuple[int, int]], num_items: int, options: 
     near = [run(_neighbours_share, *share, *expanded) for share in _cut(num_items, -(-num_items // tasks))]
     reach = run(_join_shares, len(expanded), *expanded, *near)
     return [run(_score_reranked, *shard, reach, *expanded) for shard in shards]
+
+
+@functools.cache
+def _remote(task: Callable[..., Any]) -> Any:
+    import ray
+
+    return ray.remote(num_cpus=1)(task)
 
 
 def _shards(trial: Trial, tasks: int) -> list[tuple[int, int]]:
