@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jobs._words import FileOptions, ScoreOptions, pipeline_options
@@ -40,6 +40,14 @@ def permutations_of(options: ScoreOptions, protocol: protocols.Protocol) -> Mapp
         return read_permutations(cached_file(options.permutations))
     except EvaluationError as error:
         raise UserError(str(error)) from None
+
+
+def or_refusal(score: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The record of a convention beside the one that was asked for; where it cannot be scored, the reason."""
+    try:
+        return score()
+    except (UserError, EvaluationError) as error:
+        return {"refused": str(error)}
 
 
 @contextlib.contextmanager
@@ -76,6 +84,9 @@ def score_file(path: str, options: FileOptions) -> dict[str, Any]:
         if protocol.task == "video" and items.tracklet is not None:
             items, feat = pool_tracklets(items, feat)
         record = _score_items(protocol, items, feat, options)
+        if protocol.beside:
+            other = get_protocol(protocol.beside)
+            record["beside"] = {other.name: or_refusal(lambda: _score_items(other, items, feat, options))}
     except EvaluationError as error:
         raise UserError(str(error) if path in str(error) else f"{path}: {error}") from None
     return {"features": path, "num_items": len(feat), "dim": feat.shape[1], **record}

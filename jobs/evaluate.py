@@ -87,11 +87,11 @@ def evaluate(word: str, which: str = "best", overrides: list[str] | None = None)
 
 def evaluate_run(word: str, options: Any, overrides: list[str], plan_only: bool = False) -> dict[str, Any]:
     """Encode and score a run with RunOptions; returns the record. Raises UserError."""
-    from jobs._scoring import get_protocol, permutations_of
+    from jobs._scoring import get_protocol, or_refusal, permutations_of
     from jobs._words import pipeline_options
     from reid_dist.data.leaks import tested
     from reid_dist.data.store import open_view
-    from reid_dist.evaluation.distributed.retrieval import plan_retrieval
+    from reid_dist.evaluation.distributed.retrieval import plan_retrieval, score_beside
 
     loaded = load(word, options.checkpoint, overrides)
     recipe, spec = loaded.recipe, loaded.spec
@@ -119,6 +119,10 @@ def evaluate_run(word: str, options: Any, overrides: list[str], plan_only: bool 
         }
     encoder = functools.partial(make_encoder, word, options.checkpoint, overrides)
     record, ap, features = encode_and_score(loaded, view, retrieval, settings, options, encoder)
+    if protocol.beside:
+        other = plan_retrieval(get_protocol(protocol.beside), view, trial=trial)
+        how = loaded.spec.similarity, settings, not options.allow_constant
+        record["beside"] = {protocol.beside: or_refusal(lambda: score_beside(retrieval, other, features, *how))}
     record |= {
         "checkpoint": loaded.checkpoint,
         "step": loaded.step,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from jobs._job import refuse_unknown_flags, run_job, split_words
@@ -85,7 +86,7 @@ def page_input(
     main_one = max(trained or untrained, key=lambda e: (e["record"]["step"], not e["record"].get("label")))
     scored = [*sorted(trained, key=lambda e: -e["record"]["step"]), *untrained]
     several = len({(e["record"]["protocol"], tuple(e["record"]["tables"])) for e in scored}) > 1
-    named = {_row_name(e["record"], several): e["record"] for e in scored}
+    named = {name: record for e in scored for name, record in _rows(e["record"], several)}
     record = main_one["record"]
     view, synthetic = _view(recipe, main_one, root)
     return ReportInput(
@@ -106,6 +107,14 @@ def page_input(
 
 def of_training(spec: Any, metrics: list[dict[str, Any]]) -> list[Any]:
     return list(spec.training_figures(metrics)) if spec.training_figures else []
+
+
+def _rows(record: dict[str, Any], several: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of the metrics table: the record, and those of other conventions beside it."""
+    name = _row_name(record, several)
+    yield name, record
+    for other, beside in record.get("beside", {}).items():
+        yield f"{name} ({other})", beside
 
 
 def _row_name(record: dict[str, Any], several: bool) -> str:

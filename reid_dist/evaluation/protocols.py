@@ -78,6 +78,7 @@ class Protocol:
     trial_rule: Literal["single", "column", "draw"] = "single"  # rows of that trial; gallery drawn per trial
     shots: int = 0  # images drawn per (id, camera) of the gallery; 0 = all
     both_ways: bool = False  # each trial is asked in both directions, averaged inside the trial first (VIPeR)
+    beside: str = ""  # another convention's protocol over the same items, whose record stands beside this one's
     own_model_per_trial: bool = False  # RegDB: each trial has its own training identities
     source: str = "datasets.md"
 
@@ -138,7 +139,8 @@ _ALL = (
         trials=20, trial_rule="column", source="datasets.md 6.2",
     ),
     Protocol(
-        name="video", task="video", query=QUERY, gallery=BOTH, scoring=MARKET_RULE, source="datasets.md 6.3, official",
+        name="video", task="video", query=QUERY, gallery=BOTH, scoring=MARKET_RULE, beside="video-without-queries",
+        source="datasets.md 6.3, official",
     ),
     Protocol(
         name="video-without-queries", task="video", query=QUERY, gallery=GALLERY, scoring=MARKET_RULE,

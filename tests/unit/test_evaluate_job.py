@@ -113,6 +113,18 @@ def test_frames_are_pooled_into_tracklets(tmp_path):
     assert features(saved(tmp_path, tracklet=None, **data), "video-without-queries")["num_items"] == 16
 
 
+def test_both_conventions_of_video_stand_side_by_side(tmp_path):
+    """A second query of the id, from another camera, is a true match under the official rule alone."""
+    data = worked(pid=np.array([1, 1, 5, 1, 6, 7, 1, 8]), camid=np.array([0, 2, 1, 1, 1, 1, 1, 1]))
+    data["feat"][1] = towards(4)  # nearer to the other query than to the first gallery item
+    record = features(saved(tmp_path, **data), "video")
+    assert (record["rank1"], record["beside"]["video-without-queries"]["rank1"]) == (1.0, 0.0)
+    data["pid"] = np.array([1, 1, 5, 2, 6, 7, 2, 8])
+    record = features(saved(tmp_path, **data), "video")
+    assert record["rank1"] == 1.0
+    assert "none of the 2 queries has a true match" in record["beside"]["video-without-queries"]["refused"]
+
+
 def test_re_ranking_and_expansion_are_done_and_recorded(tmp_path):
     data = crowd()
     np.savez(tmp_path / "c.npz", **data)
@@ -321,6 +333,9 @@ def test_a_table_of_frames_is_scored_by_tracklets(tmp_path, monkeypatch):
     write_table(str(tmp_path), "v", records, images, tmp_path / "raw")
     record = evaluate(monkeypatch, loaded(str(tmp_path), ["v"]), "protocol=video-without-queries")
     assert (record["rank1"], record["mAP"], record["num_queries"], record["num_invalid"]) == (1.0, 1.0, 1, 0)
+    both = evaluate(monkeypatch, loaded(str(tmp_path), ["v"]), "protocol=video")
+    same = {k: v for k, v in record.items() if k in both["beside"]["video-without-queries"]}
+    assert both["beside"] == {"video-without-queries": same}  # the other convention, from the same features
     plan = evaluate(monkeypatch, loaded(str(tmp_path), ["v"]), "protocol=video", "--plan")["plan"]
     assert plan["items"] == {"tracklet": 4}
 

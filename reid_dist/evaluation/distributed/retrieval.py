@@ -199,6 +199,24 @@ def summary(retrieval: Retrieval, sums: list[RankingSums], options: Options) -> 
     return {"protocol": retrieval.protocol.name, **mean, **options.record()}, first
 
 
+def score_beside(
+    retrieval: Retrieval,
+    other: Retrieval,
+    features: Features,
+    weights: Mapping[str, float] | None,
+    options: Options,
+    refuse_constant: bool = True,
+) -> dict[str, Any]:
+    """The record of another protocol over items that are encoded already: those of `retrieval`, or some of them."""
+    places = {}
+    for kind, side in retrieval.sides.items():
+        known = {key: place for place, key in enumerate(zip(side.rows.tolist(), side.part.tolist(), strict=True))}
+        wanted = zip(other.sides[kind].rows.tolist(), other.sides[kind].part.tolist(), strict=True)
+        places[kind] = np.array([known[key] for key in wanted], np.int64)
+    chosen = {kind: {name: x[places[kind]] for name, x in named.items()} for kind, named in features.items()}
+    return score(other, chosen, weights, options, refuse_constant)[0]
+
+
 def rank_lists(
     retrieval: Retrieval, features: Features, weights: Mapping[str, float], picks: np.ndarray, top: int
 ) -> list[dict[str, Any]]:
