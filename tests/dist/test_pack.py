@@ -139,7 +139,7 @@ def test_bucket_to_bucket(cluster: None, s3: S3Server, tree: Path, tmp_path: Pat
 
 PEOPLE = {"size": (32, 16), "num_train": 6, "num_test": 4}
 OTHERS = {"ufine6926": {}, "llcm": {"images_per_id": 2}, "sysu-mm01": {"num_val": 3, "images_per_id": 2},
-          "mars": {"num_distractors": 2, "max_frames": 4}}  # fmt: skip
+          "mars": {"num_distractors": 3, "max_frames": 4}}  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", OTHERS)
