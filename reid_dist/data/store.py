@@ -127,17 +127,6 @@ def _columns(dataset: Any) -> dict[str, np.ndarray]:
     return columns
 
 
-def grouped(*keys: np.ndarray, frame: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """(members of each group of equal keys, by `frame` and then place; int64 [N] each place's group)."""
-    order = np.lexsort((frame, *keys[::-1]))
-    new = np.zeros(len(order), dtype=bool)
-    for key in keys:
-        new[1:] |= key[order][1:] != key[order][:-1]
-    group = np.empty(len(order), dtype=np.int64)
-    group[order] = np.cumsum(new)
-    return np.split(order, np.flatnonzero(new)), group
-
-
 class TableView:
     """Rows over one or more tables, in order. Arrays are read-only, [N] over the view's rows."""
 
@@ -252,11 +241,6 @@ class TableView:
             return np.empty(0, dtype=np.int64)
         pairs = np.stack([self.domain, self.pid], axis=1)
         return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
-
-    @functools.cached_property
-    def tracklet_groups(self) -> tuple[list[np.ndarray], np.ndarray]:
-        """(rows of each tracklet in frame order, int64 [N] each row's tracklet among them): see data/tracklets.py."""
-        return grouped(self.domain, self.pid, self.camid, self.tracklet, frame=self.frame)
 
     def path(self, row: int) -> str:
         """Path below the dataset's root."""

@@ -11,34 +11,36 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
-import pyarrow as pa
 
-from reid_dist.data.store import METADATA, NONE, TableView, grouped
+from reid_dist.data.store import METADATA, NONE, TableView
 from reid_dist.errors import UserError
 from reid_dist.storage import StorageError, check_name, lance_options, open_store
 
+_groups: WeakKeyDictionary[TableView, tuple[list[np.ndarray], np.ndarray]] = WeakKeyDictionary()  # a view is fixed
 _COLUMNS = ("domain", "pid", "camid", "tracklet", "frame", "split", "modality", "trials")
-SCHEMA = pa.schema(
-    [
-        pa.field("tracklet", pa.int64(), nullable=False),
-        pa.field("pid", pa.int64(), nullable=False),
-        pa.field("camid", pa.int64()),
-        pa.field("domain", pa.string(), nullable=False),
-        pa.field("modality", pa.string(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("trials", pa.list_(pa.string()), nullable=False),
-        pa.field("length", pa.int64(), nullable=False),
-        pa.field("rows", pa.list_(pa.int64()), nullable=False),
-    ]
-)
 
 
 def tracklets_of(view: TableView, rows: np.ndarray) -> list[np.ndarray]:
     """All rows, in frame order, of the tracklet of each of `rows`: same domain, id, camera and tracklet number."""
-    members, group = view.tracklet_groups
+    if view not in _groups:
+        keys = (view.domain, view.pid, view.camid, view.tracklet)
+        _groups[view] = grouped(*(np.asarray(key) for key in keys), frame=np.asarray(view.frame))
+    members, group = _groups[view]
     return [members[int(group[row])] for row in rows.tolist()]
+
+
+def grouped(*keys: np.ndarray, frame: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """(members of each group of equal keys, by `frame` and then place; int64 [N] each place's group)."""
+    order = np.lexsort((frame, *keys[::-1]))
+    new = np.zeros(len(order), dtype=bool)
+    for key in keys:
+        new[1:] |= key[order][1:] != key[order][:-1]
+    group = np.empty(len(order), dtype=np.int64)
+    group[order] = np.cumsum(new)
+    return np.split(order, np.flatnonzero(new)), group
 
 
 def table_name(name: str) -> str:
@@ -52,6 +54,7 @@ def write_tracklets(root: str, name: str, content: str) -> int:
     Written whole or not at all, and nothing where the table has no tracklets. Raises StorageError.
     """
     import lance
+    import pyarrow as pa
 
     options = lance_options(_uri(root, name)) or None
     images = lance.dataset(_uri(root, name, frames=True), storage_options=options)
@@ -60,13 +63,23 @@ def write_tracklets(root: str, name: str, content: str) -> int:
     if not len(has):
         return 0
     rows = _rows(columns, has)
-    table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({METADATA: json.dumps({"frames_of": content}).encode()}))
+    facts = {METADATA: json.dumps({"frames_of": content}).encode()}
+    table = pa.Table.from_pylist(rows, _schema().with_metadata(facts))
     try:
         lance.write_dataset(table, _uri(root, name), mode="overwrite", storage_options=options)
     except OSError as error:
         reason = " ".join(str(error).split())[:200]
         raise StorageError(f"{_uri(root, name)}: the tracklet table could not be written: {reason}") from None
     return len(rows)
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    numbers, words = pa.list_(pa.int64()), pa.list_(pa.string())
+    kinds = {"tracklet": pa.int64(), "pid": pa.int64(), "camid": pa.int64(), "domain": pa.string(),
+             "modality": pa.string(), "split": pa.string(), "trials": words, "length": pa.int64(), "rows": numbers}  # fmt: skip
+    return pa.schema([pa.field(name, kind, nullable=name == "camid") for name, kind in kinds.items()])
 
 
 def _rows(columns: Any, has: np.ndarray) -> list[dict[str, Any]]:
