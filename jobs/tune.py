@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from jobs._cluster import connect
-from jobs._job import record_in, refuse_unknown_flags, run_job, split_words
+from jobs._job import Terminated, record_in, refuse_unknown_flags, run_job, split_words
 from reid_dist.errors import RunError, UserError
 
 USAGE = """usage: python -m jobs.tune SWEEP [key=value ...] [sweep.key=value ...] [--plan]
@@ -92,9 +92,11 @@ def tune(sweep: Any, plan_only: bool = False, cluster: str = "") -> dict[str, An
         refuse_impossible(plan.problems)
         try:
             record = execute(sweep, plan, checker, command)
-        except RunError:
+        except RunError as error:
             with contextlib.suppress(UserError, RunError):
                 write_board(state.uri)
+            if isinstance(error, Terminated):  # between two phases; while trials run, they are asked to stop first
+                raise Terminated(f"{error}; the same command continues the sweep") from None
             raise
     return record | write_board(state.uri)
 

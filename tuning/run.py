@@ -125,7 +125,7 @@ def execute(sweep: Sweep, plan: Plan, checker: Checker, command: str) -> dict[st
         runs = [trial for trial in plan.waiting if not trial.scorings and trial.level == level]
         if runs:
             run_phase(books, queue(runs), plan.concurrent, plan.longest, None, judged=False)
-    trials, blocked = _unblocked(state, [trial for trial in plan.waiting if trial.scorings])
+    trials, blocked = unblocked(state, [trial for trial in plan.waiting if trial.scorings])
     chooser = None
     following = queue(trials)
     if sweep.search.name == "optuna":
@@ -139,7 +139,7 @@ def execute(sweep: Sweep, plan: Plan, checker: Checker, command: str) -> dict[st
     return summary(books, plan, blocked, gpu_hours(state)) | {"seconds_running": round(time.time() - began, 1)}
 
 
-def _unblocked(state: SweepState, trials: list[Trial]) -> tuple[list[Trial], int]:
+def unblocked(state: SweepState, trials: list[Trial]) -> tuple[list[Trial], int]:
     """Trials whose shared runs are done; the others fail with that reason."""
     outcomes, free = state.outcomes(), []
     for trial in trials:

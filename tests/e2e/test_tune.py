@@ -31,7 +31,7 @@ from ray.util.placement_group import placement_group_table
 ray.init(address="auto", logging_level="ERROR")
 groups = [g["name"] or g["placement_group_id"] for g in placement_group_table().values() if g["state"] != "REMOVED"]
 total, free = ray.cluster_resources().get("CPU"), ray.available_resources().get("CPU", 0.0)
-print(json.dumps({"groups": groups, "busy": total - free}))
+print(json.dumps({"groups": groups, "busy": round(total - free, 6)}))
 """
 
 
@@ -155,3 +155,41 @@ def test_eight_trials_killed_in_the_middle_and_continued(cluster: Head, place: P
     recipe = methods.load_recipe(str(folder / "best.yaml"))
     assert (recipe.optim.lr, recipe.data.test) == (1e-3, ("synthetic-cuhk-pedes",))
     assert not (folder / "ray").exists()
+
+
+def test_a_shared_stage_is_computed_once_and_a_stopped_sweep_continues(cluster: Head, place: Path) -> None:
+    small_tables(place, methods.load_recipe("muva/tiny"))
+    shared = {
+        "name": "prompts", "set": {"model.stages": ["prompts"]}, "then": {"model.stages": ["finetune"]}, "without": ["optim.lr"],
+    }  # fmt: skip
+    file = write_sweep(
+        place, name="two", base="muva/tiny", axes={"optim.lr": [2e-4, 1e-4]}, protocol={}, metric="", scheduler={},
+        shared=[shared], set={"data": {"root": str(place)}, "training": {"log_every": 1}},
+    )  # fmt: skip
+    state = SweepState(str(place / "sweeps" / "two"))
+    first = Job(cluster, file)
+    deadline = time.monotonic() + 200
+    while not state.outcomes():
+        assert first.process.poll() is None, first.said()
+        assert time.monotonic() < deadline, first.said()
+        time.sleep(0.3)
+    first.process.send_signal(signal.SIGTERM)
+    code, record = first.finish()
+    assert code == 1, first.said()
+    assert "the same command continues the sweep" in record["error"]
+    (stage,) = state.outcomes()
+    assert stage.startswith("prompts-")
+    before = content(place / "sweeps" / "two" / "shared" / stage)
+
+    second = Job(cluster, file)
+    code, record = second.finish()
+    assert code == 0, second.said()
+    assert (record["started_now"], record["done"]) == (2, 3)
+    assert content(place / "sweeps" / "two" / "shared" / stage) == before
+    for name, outcome in state.outcomes().items():
+        if name != stage:
+            assert Run.read(outcome["uri"]).facts["recipe"]["init"] == f"run:{state.uri}/shared/{stage}"
+            assert len(outcome["scores"]) == 1
+    again, done = Job(cluster, file).finish()
+    assert (again, done["already_done"]) == (0, True)
+    assert second.left() == {"groups": [], "busy": 0.0}

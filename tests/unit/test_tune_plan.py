@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from jobs import tune as job
-from reid_dist.errors import UserError
+from reid_dist.errors import RunError, UserError
 from tests.worlds import small_table
 from tuning.capacity import NodeShape, demand, how_many, merge_shapes, shapes_of_file, why_not
 from tuning.cluster import running_shapes
+from tuning.driver import Books
 from tuning.plan import Plan, estimate
-from tuning.run import make_side_tables, prepare
+from tuning.run import Asking, make_side_tables, prepare, summary, unblocked
+from tuning.search import OptunaChooser
 from tuning.state import DONE, SweepState
 from tuning.sweep import Sweep, build_sweep
 
@@ -254,3 +256,50 @@ def test_the_job_plans_and_refuses_before_anything_starts(root: Path, tmp_path: 
         with pytest.raises(UserError, match=telling):
             run_words(str(file), *places, *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_optuna_asked_for_is_noted_first_and_continued_after_a_kill(root: Path, tmp_path: Path) -> None:
+    sweep = sweep_of(
+        root, output=str(tmp_path), axes={"model.experts": [2, 3, 4, 5], "model.top_k": [1, 2, 3]}, metric="mAP",
+        search={"name": "optuna", "samples": 4}, constraints=["model.top_k < model.experts"],
+    )  # fmt: skip
+    plan, checker = prepare(sweep, LAPTOP)
+    assert (plan.trials, plan.samples, plan.problems) == ([], 4, [])
+    state = SweepState(sweep.uri)
+    books = Books(sweep, state, "the command")
+    ask = Asking(books, checker, OptunaChooser(sweep), [], plan.samples)
+    first, second = ask(), ask()
+    assert first is not None
+    assert second is not None
+    assert set(state.planned()) == set(state.index()["trials"]) == {first.name, second.name}
+    state.end(first.name, DONE, seconds=1.0, setting=dict(first.setting), value=0.5, metric="mAP", step=20)
+
+    again, checker = prepare(sweep, LAPTOP)
+    assert (len(again.trials), again.samples, [t.name for t in again.waiting]) == (2, 2, [second.name])
+    books.trials = {trial.name: trial for trial in again.trials}
+    ask = Asking(books, checker, OptunaChooser(sweep), again.waiting, again.samples)
+    found = [ask() for _ in range(4)]
+    assert found[0] == second
+    assert found[3] is None
+    rest = [trial for trial in found[1:3] if trial is not None]
+    assert len({trial.name for trial in (first, second, *rest)}) == 4  # no setting is tried twice
+    assert all(trial.setting["model.top_k"] < trial.setting["model.experts"] for trial in (first, second, *rest))
+
+
+def test_trials_whose_shared_run_failed_say_so(root: Path, tmp_path: Path) -> None:
+    shared = {
+        "name": "first",
+        "set": {"optim.lr": 1e-6, "training.select_on": "none"},
+        "then": {},
+        "without": ["optim.lr"],
+    }
+    sweep = sweep_of(root, output=str(tmp_path), axes={"optim.lr": [1e-3, 1e-4]}, shared=[shared])
+    plan, _ = prepare(sweep, LAPTOP)
+    state = SweepState(sweep.uri)
+    free, blocked = unblocked(state, plan.trials)
+    assert (free, blocked) == ([], 2)
+    assert all("that it starts from failed" in failure["reason"] for failure in state.failures().values())
+    with pytest.raises(RunError, match="2 of 3 runs failed"):
+        summary(Books(sweep, state, "", trials={t.name: t for t in (*plan.shared, *plan.trials)}), plan, blocked, 0.0)
+    state.end(plan.shared[0].name, DONE)
+    assert unblocked(state, plan.trials) == (plan.trials, 0)
