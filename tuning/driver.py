@@ -28,7 +28,6 @@ from tuning.trial import drive
 logger = logging.getLogger(__name__)
 
 TUNE_ENVIRONMENT = {
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative places in a recipe mean the job's folder
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # reports between evaluations have no metric
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # runs keep their own metrics
     "RAY_AIR_NEW_OUTPUT": "0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -248,6 +249,10 @@ def test_shipped_sweeps_expand_and_their_paper_figures_have_a_place(name: str) -
     assert {figure.label for figure in sweep.paper} - {""} <= rows
     assert len({(figure.label, figure.column) for figure in sweep.paper}) == len(sweep.paper)
     assert len(rows) == 1 or all(figure.label for figure in sweep.paper)
+    wanted = {mask for trial in found.trials for mask in getattr(trial.recipe.model, "masks", ())}
+    assert {table.name for table in sweep.side_tables} <= wanted
+    for table in sweep.side_tables:
+        assert importlib.util.find_spec(table.make.split()[0]) is not None
 
 
 def test_the_sweeps_of_the_papers_have_their_sizes() -> None:
