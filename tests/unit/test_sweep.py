@@ -249,7 +249,8 @@ def test_shipped_sweeps_expand_and_their_paper_figures_have_a_place(name: str) -
     assert {figure.label for figure in sweep.paper} - {""} <= rows
     assert len({(figure.label, figure.column) for figure in sweep.paper}) == len(sweep.paper)
     assert len(rows) == 1 or all(figure.label for figure in sweep.paper)
-    wanted = {mask for trial in found.trials for mask in getattr(trial.recipe.model, "masks", ())}
+    models = [trial.recipe.model for trial in found.trials]
+    wanted = {name for model in models for key in ("masks", "groups") for name in getattr(model, key, ())}
     assert {table.name for table in sweep.side_tables} <= wanted
     for table in sweep.side_tables:
         assert importlib.util.find_spec(table.make.split()[0]) is not None
@@ -265,6 +266,8 @@ def test_the_sweeps_of_the_papers_have_their_sizes() -> None:
     assert count("rle_regdb") == (10, 20)
     assert count("rle_sysu_mm01") == (6, 12)
     assert count("climb_datasets") == (4 * 3, 4 * 3)
+    assert count("icl_noise") == (4 * 3 * 3, 4 * 3 * 3)
+    assert count("icl_cross") == (4 * 3, 4 * 4 * 3)
     assert count("comoe_experts") == (7 * 3, 7 * 3)  # 4 x 2 pairs of experts and top_k, one of them impossible
 
 
