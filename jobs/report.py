@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run: `python -m jobs.report RUN [out=FILE]`.
+"""One self-contained HTML page of a run, or a sweep's leaderboard: `python -m jobs.report RUN_OR_SWEEP [out=FILE]`.
 
 It joins what is stored: metrics, evaluations (jobs.evaluate), the card. Nothing is computed again, no model is loaded.
 """
@@ -13,8 +13,9 @@ from typing import Any
 from jobs._job import refuse_unknown_flags, run_job, split_words
 from reid_dist.errors import UserError
 
-USAGE = """usage: python -m jobs.report RUN [out=FILE] [data.root=URI]
+USAGE = """usage: python -m jobs.report RUN|SWEEP [out=FILE] [data.root=URI]
   RUN    a run's folder or s3:// prefix, evaluated before by jobs.evaluate
+  SWEEP  a sweep's folder or prefix (jobs.tune): leaderboard as Markdown, CSV, LaTeX and HTML, and the best recipe
   out=   where the page goes; default: report.html in the run
   trials=all   RUN is the name of a training with trials=all: one page of all divisions"""
 
@@ -32,6 +33,10 @@ def main(argv: list[str]) -> dict[str, Any]:
     unknown = sorted(set(options) - {"out", "data.root"})
     if len(words) != 1 or unknown:
         raise UserError(f"unknown {', '.join(unknown)}. {USAGE.splitlines()[0]}" if unknown else USAGE.splitlines()[0])
+    from tuning.board import is_sweep, write_board
+
+    if several.trials is None and is_sweep(words[0]):
+        return {"sweep": words[0], **write_board(words[0], options.get("out", ""))}
     out, root = options.get("out"), options.get("data.root")
     return report(words[0], out, root) if several.trials is None else report_trials(words[0], several.trials, out, root)
 

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from reid_dist.config import Recipe, build_recipe, to_mapping
@@ -43,9 +43,10 @@ def resources(recipe: Recipe) -> dict[str, float]:
     return needs
 
 
-def fit(recipe: Recipe, run: Run) -> dict[str, Any]:
+def fit(recipe: Recipe, run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train `recipe` in `run` until done, or until somebody asks it to stop. Returns rank 0's summary.
 
+    `callbacks`: Ray Train's, told of every report (a sweep passes them on to Ray Tune).
     An interrupt in the main thread asks the workers to stop with a checkpoint; a second one ends at once.
     Raises UserError (the user can mend it) or RunError (budget used up, repeating bug, diverged).
     """
@@ -55,7 +56,7 @@ def fit(recipe: Recipe, run: Run) -> dict[str, Any]:
     failures: list[tuple[str, int]] = []
     while True:
         try:
-            return _one_try(recipe, run, len(failures))
+            return _one_try(recipe, run, len(failures), callbacks)
         except WorkerGroupError as error:
             cause, text = _cause(error)
         except TrainingFailedError as error:
@@ -76,7 +77,7 @@ def fit(recipe: Recipe, run: Run) -> dict[str, Any]:
         logger.warning("failure %d, continuing from step %d: %s", len(failures), where, _short(text))
 
 
-def _one_try(recipe: Recipe, run: Run, number: int) -> dict[str, Any]:
+def _one_try(recipe: Recipe, run: Run, number: int, callbacks: Sequence[Any]) -> dict[str, Any]:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -99,6 +100,7 @@ def _one_try(recipe: Recipe, run: Run, number: int) -> dict[str, Any]:
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=0),
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=list(callbacks),
         ),
         torch_config=TorchConfig(
             backend="nccl" if "GPU" in needs else "gloo", timeout_s=recipe.training.collective_timeout_s

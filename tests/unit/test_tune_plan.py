@@ -1,0 +1,305 @@
+"""Plans: what fits a cluster, what cannot run and why, what is left to do. Small tables, no Ray."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import tune as job
+from reid_dist.errors import RunError, UserError
+from tests.worlds import small_table
+from tuning.capacity import NodeShape, demand, how_many, merge_shapes, shapes_of_file, why_not
+from tuning.cluster import running_shapes
+from tuning.driver import Books
+from tuning.plan import Plan, estimate
+from tuning.run import Asking, make_side_tables, prepare, summary, unblocked
+from tuning.search import OptunaChooser
+from tuning.state import DONE, SweepState
+from tuning.sweep import Sweep, build_sweep
+
+LAPTOP = [NodeShape("laptop", {"CPU": 2.0}, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "worker", "workers", "driver", "fit"),
+    [
+        ([({"CPU": 2.0}, 1)], {"CPU": 0.4}, 1, {"CPU": 0.1}, 4),
+        ([({"CPU": 2.0}, 1)], {"CPU": 1.0}, 1, {"CPU": 0.1}, 1),  # the second driver would take a worker's room
+        ([({"CPU": 2.0}, 1)], {"CPU": 1.0}, 2, {"CPU": 0.1}, 0),
+        ([({"CPU": 8.0, "GPU": 4.0}, 3)], {"CPU": 1.0, "GPU": 1.0}, 1, {"CPU": 0.1}, 12),
+        ([({"CPU": 8.0, "GPU": 4.0}, 3)], {"CPU": 1.0, "GPU": 1.0}, 4, {"CPU": 0.1}, 3),
+        ([({"CPU": 8.0, "GPU": 4.0}, 1)], {"CPU": 1.0, "GPU": 0.5}, 1, {"CPU": 0.1}, 7),  # CPUs are what is short
+        ([({"CPU": 4.0, "GPU": 4.0}, 1), ({"CPU": 4.0}, 1)], {"CPU": 1.0, "GPU": 1.0}, 1, {"CPU": 1.0}, 4),
+        ([({"CPU": 0.0}, 1), ({"CPU": 4.0, "GPU": 1.0}, 2)], {"CPU": 2.0, "GPU": 1.0}, 1, {"CPU": 0.1}, 2),
+        ([({"CPU": 4.0, "safe": 1.0}, 1), ({"CPU": 4.0}, 9)], {"CPU": 4.0}, 1, {"safe": 0.25}, 4),
+    ],
+)
+def test_as_many_trials_as_can_be_packed(
+    nodes: list[Any], worker: dict[str, float], workers: int, driver: dict[str, float], fit: int
+) -> None:
+    shapes = [NodeShape(str(number), resources, count) for number, (resources, count) in enumerate(nodes)]
+    assert how_many(shapes, demand(worker, workers, driver), limit=100) == fit
+    assert how_many(shapes, demand(worker, workers, driver), limit=2) == min(fit, 2)
+
+
+def test_why_a_trial_does_not_fit_says_what_was_asked_and_what_there_is() -> None:
+    reason = why_not(LAPTOP, demand({"CPU": 1.0, "GPU": 1.0}, 2, {"CPU": 0.1}))
+    assert "1 CPU + 1 GPU fit on no node" in reason
+    assert "1 x laptop (2 CPU; 1 running)" in reason
+    assert "2 workers of 1 CPU and a driver do not fit at the same time" in why_not(
+        LAPTOP, demand({"CPU": 1.0}, 2, {"CPU": 0.1})
+    )
+
+
+LAUNCHER = """
+cluster_name: lab
+max_workers: 4
+head_node_type: head
+available_node_types:
+  head: {resources: {CPU: 0}, node_config: {}}
+  gpu: {resources: {CPU: 16, GPU: 4}, min_workers: 0, max_workers: 8, node_config: {}}
+  cpu: {resources: {CPU: 8}, max_workers: 2, node_config: {}}
+"""
+
+
+def test_node_types_that_could_be_added_count(tmp_path: Path) -> None:
+    (tmp_path / "lab.yaml").write_text(LAUNCHER)
+    shapes = {shape.name: shape for shape in shapes_of_file(str(tmp_path / "lab.yaml"))}
+    assert {name: shape.count for name, shape in shapes.items()} == {"head": 1, "gpu": 4, "cpu": 2}  # max_workers caps
+    running = running_shapes(
+        [
+            {
+                "Resources": {"CPU": 16.0, "GPU": 4.0, "memory": 1.0, "node:10.0.0.1": 1.0},
+                "Labels": {"ray.io/node-group": "gpu"},
+            },
+            {"Resources": {"CPU": 8.0, "object_store_memory": 5.0}, "Labels": {}},
+            {"Resources": {"CPU": 3.0}, "Labels": {}},
+        ],
+        list(shapes.values()),
+    )
+    joined = {shape.name: (shape.count, shape.running) for shape in merge_shapes(running, list(shapes.values()))}
+    assert joined == {"node": (1, 1), "head": (1, 0), "gpu": (4, 1), "cpu": (2, 1)}
+
+
+@pytest.mark.parametrize(
+    ("text", "telling"),
+    [
+        ("a: [", "not valid YAML"),
+        ("max_workers: 1", "no available_node_types"),
+        (LAUNCHER.replace("{CPU: 8}", "{}"), "does not say"),
+    ],
+)
+def test_a_wrong_cluster_file_is_refused(tmp_path: Path, text: str, telling: str) -> None:
+    (tmp_path / "lab.yaml").write_text(text)
+    with pytest.raises(UserError, match=telling):
+        shapes_of_file(str(tmp_path / "lab.yaml"))
+    with pytest.raises(UserError, match="cannot be read"):
+        shapes_of_file(str(tmp_path / "none.yaml"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweeps")
+    for name in ("synthetic-cuhk-pedes", "synthetic-regdb"):
+        small_table(folder, name)
+    return folder
+
+
+def sweep_of(root: Path, **sections: Any) -> Sweep:
+    sections = {"name": "s", "base": "comoe/tiny", "output": str(root / "sweeps"), **sections}
+    sections["set"] = {"data.root": str(root), **sections.get("set", {})}
+    return build_sweep(sections)
+
+
+def record_of(sweep: Sweep) -> dict[str, Any]:
+    record: dict[str, Any] = prepare(sweep, LAPTOP)[0].record()
+    return record
+
+
+def test_a_plan_counts_and_starts_nothing(root: Path) -> None:
+    small = {"num_workers": 1, "cpus_per_worker": 0.4, "hours_per_trial": 2.0}
+    record = record_of(sweep_of(root, axes={"optim.lr": [1e-3, 1e-4]}, protocol={"seeds": [1, 2, 3]}, resources=small))
+    assert (record["trials"], record["to_run"], record["rows"], record["concurrent_trials"]) == (6, 6, 2, 4)
+    assert record["steps"]["longest_trial"] == 20  # training.max_steps of comoe/tiny
+    assert record["estimate"] == {
+        "gpu_hours": 0.0, "gpu_hours_used": 0, "gpu_hours_budget": None, "hours": 4.0, "from": "resources.hours_per_trial",
+    }  # fmt: skip
+    assert record["impossible"] == []
+    assert not (root / "sweeps").exists()
+
+
+def test_gpu_hours_come_from_finished_trials_when_there_are_any(root: Path) -> None:
+    sweep = sweep_of(root, axes={"optim.lr": [1e-3, 1e-4]}, resources={"gpus_per_worker": 0.5, "hours_per_trial": 9.0})
+    outcomes = {f"t{i}": {"status": DONE, "seconds": 3600.0 * (i + 1), "gpu_hours": 0.5 * (i + 1)} for i in range(3)}
+    gpus = [NodeShape("gpu", {"CPU": 8.0, "GPU": 1.0}, 1)]
+    plan = Plan(sweep, gpus, outcomes=outcomes)
+    plan.waiting = prepare(sweep, gpus)[0].waiting
+    plan.place()
+    assert plan.concurrent == 2
+    found = estimate(plan, left=5)
+    assert (found["gpu_hours"], found["gpu_hours_used"], found["hours"]) == (5 * 2.0 * 0.5, 3.0, 3 * 2.0)
+
+
+def test_the_budget_leaves_out_the_last_trials(root: Path) -> None:
+    record = record_of(sweep_of(root, axes={"optim.lr": [1e-3, 1e-4, 1e-5]}, budget={"trials": 2}))
+    assert (record["trials"], record["left_out_by_budget"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("sections", "telling"),
+    [
+        ({"set": {"data.train": ["nowhere"]}}, "jobs.pack"),
+        ({"metric": "map"}, "metric='map': no trial reports it"),
+        ({"metric": "mAP", "set": {"training.eval_every": 0}}, "training.eval_every=0"),
+        ({"metric": "mAP", "set": {"training.select_on": "none"}}, "training.select_on=none"),
+        ({"metric": "mAP", "set": {"training.select_on": "test"}}, "never chooses on the test split"),
+        (
+            {"metric": "mAP", "base": "rle/tiny", "set": {"training.select_on": "val", "training.eval_every": 1}},
+            "no val split",
+        ),
+        ({"evaluate": [{"protocol": "sysu-all-single-shot"}]}, "cannot be scored by protocol sysu-all-single-shot"),
+        ({"evaluate": [{"protocol": "nonsense"}]}, "no protocol 'nonsense'"),
+        ({"evaluate": [{"test": ["synthetic-regdb"]}]}, "cannot be scored by protocol text-to-image"),
+        ({"set": {"data.train_splits": ["train", "gallery"]}}, "learns from the test images of synthetic-cuhk-pedes"),
+        ({"axes": {"model.experts": [1]}}, "top_k=2"),
+        ({"resources": {"num_workers": 3}}, "do not fit at the same time"),
+        ({"resources": {"use_gpu": True}}, "fit on no node"),
+    ],
+)
+def test_what_cannot_run_is_flagged_with_the_reason(root: Path, sections: dict[str, Any], telling: str) -> None:
+    reasons = [entry["reason"] for entry in record_of(sweep_of(root, **sections))["impossible"]]
+    assert any(telling in reason for reason in reasons), reasons
+
+
+def test_divisions_that_share_identities_with_the_test_side_are_kept_apart(root: Path) -> None:
+    sweep = sweep_of(root, base="rle/tiny", protocol={"divisions": [0, 1]})
+    plan, _ = prepare(sweep, LAPTOP)
+    assert plan.problems == []
+    assert [trial.recipe.data.trial for trial in plan.trials] == [0, 1]
+    assert len({trial.name for trial in plan.trials}) == 2
+
+
+def test_an_extended_file_runs_only_what_is_new(root: Path, tmp_path: Path) -> None:
+    def planned(rates: list[float]) -> Plan:
+        return prepare(sweep_of(root, output=str(tmp_path), axes={"optim.lr": rates}), LAPTOP)[0]
+
+    before = planned([1e-3, 1e-4])
+    state = SweepState(before.sweep.uri)
+    state.write_index(before.sweep, [trial.name for trial in before.trials])
+    state.end(before.trials[0].name, DONE, seconds=1.0)
+    assert [trial.name for trial in planned([1e-3, 1e-4]).waiting] == [before.trials[1].name]
+    after = planned([1e-3, 1e-4, 1e-5])
+    assert len(after.trials) == 3
+    assert before.trials[0].name not in {trial.name for trial in after.waiting}
+    state.store.write(f"outcomes/{before.trials[0].name}.json", b"{")
+    with pytest.raises(UserError, match="cannot be read"):
+        planned([1e-3, 1e-4])
+
+
+def test_shared_runs_are_planned_only_for_trials_that_wait(root: Path, tmp_path: Path) -> None:
+    shared = {
+        "name": "first",
+        "set": {"optim.lr": 1e-6, "training.select_on": "none"},
+        "then": {},
+        "without": ["optim.lr"],
+    }
+    sweep = sweep_of(root, output=str(tmp_path), axes={"optim.lr": [1e-3, 1e-4]}, shared=[shared])
+    plan, _ = prepare(sweep, LAPTOP)
+    assert [bool(trial.scorings) for trial in plan.waiting] == [False, True, True]
+    state = SweepState(sweep.uri)
+    state.write_index(sweep, [trial.name for trial in plan.trials])
+    for trial in plan.trials:
+        state.end(trial.name, DONE, seconds=1.0)
+    assert prepare(sweep, LAPTOP)[0].waiting == []
+
+
+def test_side_tables_are_made_once_by_the_job_that_the_file_names(root: Path, tmp_path: Path) -> None:
+    draw = f"reid_dist.methods.muva draw-masks {root}/raw-synthetic-regdb table=x root={{root}} name=masks"
+    refused = sweep_of(root, side_tables=[{"name": "masks", "make": "os.system x"}])
+    with pytest.raises(UserError, match="must name a job"):
+        make_side_tables(refused, str(tmp_path))
+    there = tmp_path / "tables" / "masks.side.lance" / "_versions" / "1.manifest"
+    there.parent.mkdir(parents=True)
+    there.write_text("")
+    make_side_tables(sweep_of(root, side_tables=[{"name": "masks", "make": draw}]), str(tmp_path))  # nothing is started
+
+
+def run_words(*words: str) -> dict[str, Any]:
+    record: dict[str, Any] = job.main(list(words))
+    return record
+
+
+def test_the_job_plans_and_refuses_before_anything_starts(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("name: s\nbase: comoe/tiny\naxes: {optim.lr: [1e-3, 1e-4]}\n")
+    places = (f"data.root={root}", f"output={tmp_path}/out")
+    (tmp_path / "lab.yaml").write_text(LAUNCHER)
+    plan = run_words(str(file), *places, "sweep.resources.num_workers=4", f"cluster={tmp_path}/lab.yaml", "--plan")[
+        "plan"
+    ]
+    assert (plan["trials"], plan["concurrent_trials"]) == (2, 2)
+    assert json.loads(json.dumps(plan)) == plan
+    impossible = run_words(str(file), *places, "model.experts=1", "--plan")["plan"]["impossible"]
+    assert "top_k=2" in impossible[0]["reason"]
+    for words, telling in {
+        ("model.experts=1",): "2 impossible",
+        ("model.expert=1",): "did you mean 'experts'",
+        ("sweep.axis=1",): "did you mean 'axes'",
+        ("sweep.metric=nothing",): "no trial reports it",
+        ("cluster=x.yaml",): "goes with --plan",
+        ("--now",): "unknown option",
+        ("other.yaml",): "name one sweep",
+    }.items():
+        with pytest.raises(UserError, match=telling):
+            run_words(str(file), *places, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_optuna_asked_for_is_noted_first_and_continued_after_a_kill(root: Path, tmp_path: Path) -> None:
+    sweep = sweep_of(
+        root, output=str(tmp_path), axes={"model.experts": [2, 3, 4, 5], "model.top_k": [1, 2, 3]}, metric="mAP",
+        search={"name": "optuna", "samples": 4}, constraints=["model.top_k < model.experts"],
+    )  # fmt: skip
+    plan, checker = prepare(sweep, LAPTOP)
+    assert (plan.trials, plan.samples, plan.problems) == ([], 4, [])
+    state = SweepState(sweep.uri)
+    books = Books(sweep, state, "the command")
+    ask = Asking(books, checker, OptunaChooser(sweep), [], plan.samples)
+    first, second = ask(), ask()
+    assert first is not None
+    assert second is not None
+    assert set(state.planned()) == set(state.index()["trials"]) == {first.name, second.name}
+    state.end(first.name, DONE, seconds=1.0, setting=dict(first.setting), value=0.5, metric="mAP", step=20)
+
+    again, checker = prepare(sweep, LAPTOP)
+    assert (len(again.trials), again.samples, [t.name for t in again.waiting]) == (2, 2, [second.name])
+    books.trials = {trial.name: trial for trial in again.trials}
+    ask = Asking(books, checker, OptunaChooser(sweep), again.waiting, again.samples)
+    found = [ask() for _ in range(4)]
+    assert found[0] == second
+    assert found[3] is None
+    rest = [trial for trial in found[1:3] if trial is not None]
+    assert len({trial.name for trial in (first, second, *rest)}) == 4  # no setting is tried twice
+    assert all(trial.setting["model.top_k"] < trial.setting["model.experts"] for trial in (first, second, *rest))
+
+
+def test_trials_whose_shared_run_failed_say_so(root: Path, tmp_path: Path) -> None:
+    shared = {
+        "name": "first",
+        "set": {"optim.lr": 1e-6, "training.select_on": "none"},
+        "then": {},
+        "without": ["optim.lr"],
+    }
+    sweep = sweep_of(root, output=str(tmp_path), axes={"optim.lr": [1e-3, 1e-4]}, shared=[shared])
+    plan, _ = prepare(sweep, LAPTOP)
+    state = SweepState(sweep.uri)
+    free, blocked = unblocked(state, plan.trials)
+    assert (free, blocked) == ([], 2)
+    assert all("that it starts from failed" in failure["reason"] for failure in state.failures().values())
+    with pytest.raises(RunError, match="2 of 3 runs failed"):
+        summary(Books(sweep, state, "", trials={t.name: t for t in (*plan.shared, *plan.trials)}), plan, blocked, 0.0)
+    state.end(plan.shared[0].name, DONE)
+    assert unblocked(state, plan.trials) == (plan.trials, 0)

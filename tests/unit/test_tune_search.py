@@ -1,0 +1,187 @@
+"""Schedulers that are shown what earlier jobs saw, Optuna that is rebuilt from records, and a sweep's books. No Ray cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reid_dist.config import RecipeError
+from reid_dist.errors import UserError
+from tuning.run import refuse_moving_stages
+from tuning.search import STEP, OptunaChooser, history, make_scheduler, replay, warm_start
+from tuning.state import DONE, STOPPED, SweepState
+from tuning.sweep import Sweep, build_sweep
+
+STEPS = (10, 20, 40)
+
+
+def sweep_of(**sections: Any) -> Sweep:
+    return build_sweep({"name": "s", "base": "comoe/tiny", "metric": "mAP", **sections})
+
+
+def reports(level: float) -> list[dict[str, float]]:
+    return [{STEP: step, "mAP": level} for step in STEPS]
+
+
+class Fresh:
+    """A running trial, as a scheduler sees it."""
+
+    status = "RUNNING"
+
+    def __init__(self, name: str) -> None:
+        self.trial_id = name
+
+
+class Controller:
+    def get_live_trials(self) -> list[Any]:
+        return []
+
+
+def first_stop(scheduler: Any, name: str, level: float) -> int | None:
+    """The step at which the scheduler stops a trial that reports `level` throughout."""
+    trial = Fresh(name)
+    scheduler.on_trial_add(Controller(), trial)
+    for report in reports(level):
+        if scheduler.on_trial_result(Controller(), trial, dict(report)) == "STOP":
+            return int(report[STEP])
+    return None
+
+
+@pytest.mark.parametrize(
+    "section", [{"name": "asha", "grace": 10, "reduction": 2}, {"name": "median", "grace": 10, "samples": 2}]
+)
+def test_what_earlier_jobs_saw_counts(section: dict[str, Any]) -> None:
+    sweep = sweep_of(scheduler=section)
+    assert first_stop(make_scheduler(sweep, 40), "bad", 0.1) is None  # alone, nothing is bad
+    taught = make_scheduler(sweep, 40)
+    replay(taught, {"a": reports(0.5), "b": reports(0.6), "c": reports(0.7)})
+    assert first_stop(taught, "bad", 0.1) == 10
+    assert first_stop(taught, "good", 0.9) is None
+
+
+def test_a_trial_at_its_last_step_is_not_stopped_for_being_there() -> None:
+    scheduler = make_scheduler(sweep_of(scheduler={"name": "asha", "grace": 10}), longest=40)
+    assert first_stop(scheduler, "only", 0.3) is None
+
+
+def test_history_holds_evaluations_up_to_where_a_run_continues() -> None:
+    metrics = [
+        {"kind": "step", "step": 1, "loss": 3.0},
+        {"kind": "eval", "step": 2, "mAP": 0.1},
+        {"kind": "step", "step": 3, "loss": 2.0},
+        {"kind": "eval", "step": 4, "mAP": 0.2},
+    ]
+    assert history(metrics, "mAP") == [{STEP: 2, "mAP": 0.1}, {STEP: 4, "mAP": 0.2}]
+    assert history(metrics, "mAP", until=2) == [{STEP: 2, "mAP": 0.1}]
+    assert history(metrics, "loss") == [{STEP: 1, "loss": 3.0}, {STEP: 3, "loss": 2.0}]
+
+
+AXES = {"optim.lr": {"low": 1e-5, "high": 1e-1, "log": True}, "model.losses": [["sdm"], ["sdm", "itc"]]}
+
+
+def optuna_sweep(**sections: Any) -> Sweep:
+    return sweep_of(axes=AXES, search={"name": "optuna", "samples": 5, **sections.pop("search", {})}, **sections)
+
+
+def score(setting: dict[str, Any]) -> float:
+    """Best at lr 1e-3 with both losses."""
+    import math
+
+    return 1.0 - abs(math.log10(setting["optim.lr"]) + 3) / 4 - (0.3 if len(setting["model.losses"]) == 1 else 0.0)
+
+
+def test_optuna_learns_from_the_records_of_earlier_jobs() -> None:
+    first, outcomes = OptunaChooser(optuna_sweep()), []
+    for number in range(30):
+        handle, setting = first.ask()
+        first.began(f"t{number}", handle)
+        outcome = {"status": DONE, "setting": setting, "value": score(setting), "metric": "mAP", "step": 9}
+        first.tell(f"t{number}", outcome)
+        outcomes.append(outcome)
+    again = OptunaChooser(optuna_sweep())
+    assert again.learn(outcomes) == 30
+    assert again.study.best_value == first.study.best_value
+    blind, taught = [], []
+    for seed in range(2, 6):
+        fresh = OptunaChooser(optuna_sweep(search={"seed": seed}))
+        blind += [score(fresh.ask()[1]) for _ in range(4)]
+        knows = OptunaChooser(optuna_sweep(search={"seed": seed}))
+        knows.learn(outcomes)
+        taught += [score(knows.ask()[1]) for _ in range(4)]
+    assert sum(taught) / 16 > sum(blind) / 16 + 0.1
+
+
+def test_stopped_and_failed_trials_are_told_apart() -> None:
+    chooser = OptunaChooser(optuna_sweep())
+    for name in ("stopped", "failed", "done"):
+        handle, _ = chooser.ask()
+        chooser.began(name, handle)
+        outcomes = {
+            "stopped": {"status": STOPPED, "value": 0.2, "step": 10},
+            "failed": None,
+            "done": {"status": DONE, "value": 0.5, "step": 40},
+        }
+        chooser.tell(name, outcomes[name])
+    states = [trial.state.name for trial in chooser.study.trials]
+    assert states == ["PRUNED", "FAIL", "COMPLETE"]
+    assert chooser.study.trials[0].intermediate_values == {10: 0.2}
+
+
+def test_what_optuna_cannot_do_is_refused() -> None:
+    with pytest.raises(RecipeError, match="one recipe, one split and at most one seed"):
+        OptunaChooser(optuna_sweep(protocol={"seeds": [1, 2]}))
+    with pytest.raises(RecipeError, match="not from mean and std"):
+        OptunaChooser(sweep_of(axes={"optim.lr": {"mean": 1.0, "std": 1.0}}, search={"name": "optuna", "samples": 2}))
+    shared = [{"name": "p", "set": {}, "then": {}, "without": ["optim.lr"]}]
+    with pytest.raises(RecipeError, match=r"depends on model\.losses"):
+        refuse_moving_stages(optuna_sweep(shared=shared))
+
+
+def earlier(folder: Path, **facts: Any) -> str:
+    state = SweepState(str(folder))
+    state.write_index(optuna_sweep(), ["t"])
+    outcome = {"setting": {"optim.lr": 1e-3, "model.losses": ["sdm"]}, "value": 0.5, "metric": "mAP", "step": 3}
+    state.end("t", DONE, **(outcome | facts))
+    return str(folder)
+
+
+def test_warm_start_reads_other_sweeps_or_says_why_not(tmp_path: Path) -> None:
+    good = earlier(tmp_path / "good")
+    sweep = optuna_sweep(search={"warm_start": [good]})
+    assert warm_start(OptunaChooser(sweep), sweep) == 1
+    for name, facts in {"axes": {"setting": {"optim.eps": 1.0}}, "range": {"setting": {"optim.lr": 5.0, "model.losses": ["sdm"]}},
+                        "metric": {"metric": "rank1"}}.items():  # fmt: skip
+        other = optuna_sweep(search={"warm_start": [earlier(tmp_path / name, **facts)]})
+        with pytest.raises(UserError, match="no ended trial with these axes"):
+            warm_start(OptunaChooser(other), other)
+    missing = optuna_sweep(search={"warm_start": [str(tmp_path / "nowhere")]})
+    with pytest.raises(UserError, match="there is no sweep"):
+        warm_start(OptunaChooser(missing), missing)
+
+
+@pytest.mark.parametrize(
+    ("key", "content"),
+    [
+        ("sweep.json", b"{"),
+        ("sweep.json", b'{"sweep": {"nam": 1}, "trials": []}'),
+        ("sweep.json", b'{"trials": []}'),
+        ("outcomes/t.json", b"\x00"),
+        ("outcomes/t.json", b"[]"),
+    ],
+)
+def test_an_earlier_sweep_that_cannot_be_read_is_the_users_to_mend(tmp_path: Path, key: str, content: bytes) -> None:
+    SweepState(earlier(tmp_path / "s")).store.write(key, content)
+    with pytest.raises(UserError, match="cannot be read"):
+        SweepState.read(str(tmp_path / "s"))
+
+
+def test_an_outcome_is_written_once(tmp_path: Path) -> None:
+    state = SweepState(str(tmp_path / "s"))
+    state.fail("t", "a node died")
+    assert state.failures()["t"]["reason"] == "a node died"
+    assert state.end("t", DONE, value=0.5)
+    assert not state.end("t", STOPPED, value=0.1)
+    assert (state.outcomes()["t"]["status"], state.outcomes()["t"]["value"]) == (DONE, 0.5)
+    assert state.failures() == {}
