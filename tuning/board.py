@@ -150,7 +150,7 @@ def make_page(
         Section("Learning curves", [line_chart(curves) for curves in learning_curves(sweep, outcomes)]),
         Section("Trials", [trials_table(sweep, outcomes, best)]),
     ]
-    first = next(iter(planned.values()), {})
+    first: dict[str, Any] = next(iter(planned.values()), {})
     synthetic = any(s.get("synthetic") for o in outcomes.values() for s in o["scores"])
     return render_sections(
         ReportInput(
