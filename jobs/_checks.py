@@ -176,21 +176,28 @@ def token() -> Finding:
     if mode != "token":
         found = f"RAY_AUTH_MODE={mode}" if mode else "RAY_AUTH_MODE is not set"
         return Finding(
-            "token", "broken" if mode else "warning", found, "export RAY_AUTH_MODE=token (cluster/env.sh does it)"
+            "authentication",
+            "broken" if mode else "warning",
+            found,
+            "export RAY_AUTH_MODE=token (cluster/env.sh does it)",
         )
     if os.environ.get("RAY_AUTH_TOKEN"):
-        return Finding("token", "good", "given in RAY_AUTH_TOKEN")
+        return Finding("authentication", "good", "given in RAY_AUTH_TOKEN")
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
     try:
         size, mode_bits = len(path.read_text().strip()), stat.S_IMODE(path.stat().st_mode)
     except OSError as error:
         mend = "`ray get-auth-token --generate`, or copy the cluster's token there"
-        return Finding("token", "broken", f"{path}: {error.strerror}", mend)
+        return Finding("authentication", "broken", f"{path}: {error.strerror}", mend)
     if size < 32:
-        return Finding("token", "broken", f"{path} holds {size} signs", "a token is 64 hexadecimal signs: make it anew")
+        return Finding(
+            "authentication", "broken", f"{path} holds {size} signs", "a token is 64 hexadecimal signs: make it anew"
+        )
     if mode_bits & 0o077:
-        return Finding("token", "warning", f"{path} can be read by others (mode {mode_bits:o})", f"chmod 600 {path}")
-    return Finding("token", "good", str(path))
+        return Finding(
+            "authentication", "warning", f"{path} can be read by others (mode {mode_bits:o})", f"chmod 600 {path}"
+        )
+    return Finding("authentication", "good", str(path))
 
 
 def host_name() -> Finding:

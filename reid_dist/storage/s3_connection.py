@@ -85,6 +85,7 @@ class Connection:
     def _sorted(self, error: Exception, what: str) -> Exception:
         """The error to raise: _Again when another try may help."""
         from botocore import exceptions as b
+        from botocore.parsers import ResponseParserError
 
         if isinstance(error, b.ClientError):
             code = str(error.response.get("Error", {}).get("Code", ""))
@@ -105,6 +106,8 @@ class Connection:
             return StorageError(f"{what}: the server's certificate is not trusted: set AWS_CA_BUNDLE to its authority")
         if isinstance(error, (b.HTTPClientError, b.ConnectionError, b.IncompleteReadError, b.ResponseStreamingError)):
             return _Again(f"the server cannot be reached ({type(error).__name__})")
+        if isinstance(error, ResponseParserError):  # a listing damaged on its way (it carries no checksum)
+            return _Again("the server's answer cannot be read")
         if isinstance(error, (ConnectionError, TimeoutError)):  # from a socket that broke while a body was read
             return _Again(f"the server cannot be reached ({type(error).__name__})")
         if isinstance(error, b.BotoCoreError):
