@@ -288,11 +288,15 @@ def test_list_shows_tree_access_published_counts_and_options(caplog: pytest.LogC
         text = next(message for message in caplog.messages if message.startswith(f"{name} ("))
         assert facts["obtain"] in text
         assert all(line in text for line in facts["tree"].splitlines())
-        assert all(f"{number:,} {what}" in text for counts in facts["published"].values() for what, number in counts.items())
+        assert all(
+            f"{number:,} {what}" in text for counts in facts["published"].values() for what, number in counts.items()
+        )
     assert list(job.main(["--list", "grid"])["layouts"]) == ["grid"]
 
 
-def test_check_says_what_is_wrong_and_packs_nothing(tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_check_says_what_is_wrong_and_packs_nothing(
+    tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     good = job.main(["--check", "market-1501", str(tree)])
     assert (good["num_problems"], good["images"], "error" in good) == (0, 3 * IMAGES, False)
