@@ -254,16 +254,3 @@ def train_until_killed_between_stages(mapping: dict[str, Any], uri: str) -> None
 
     worker = make_worker(recipe, prepare(recipe), Run.attach(uri, 1), Hooks(report=end_of_epoch))
     worker.train()
-
-
-def train_from_seed(mapping: dict[str, Any]) -> list[dict[str, float]]:
-    """Train a recipe with its `init`, unstored; step records."""
-    from reid_dist.config import build_recipe
-    from reid_dist.methods import get
-    from reid_dist.training.start import init_weights
-    from reid_dist.training.worker import make_worker, prepare
-
-    recipe = build_recipe(mapping, lambda name: get(name).Config)
-    worker = make_worker(recipe, prepare(recipe, init_weights(recipe)), None, Hooks())
-    worker.train()
-    return worker.losses
