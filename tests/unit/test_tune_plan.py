@@ -242,10 +242,11 @@ def test_the_job_plans_and_refuses_before_anything_starts(root: Path, tmp_path: 
     ]
     assert (plan["trials"], plan["concurrent_trials"]) == (2, 2)
     assert json.loads(json.dumps(plan)) == plan
-    impossible = run_words(str(file), *places, "model.experts=1", "--plan")["plan"]["impossible"]
-    assert "top_k=2" in impossible[0]["reason"]
+    impossible = run_words(str(file), *places, "data.train=[nowhere]", "--plan")["plan"]["impossible"]
+    assert ["jobs.pack" in entry["reason"] for entry in impossible] == [True, True]
     for words, telling in {
-        ("model.experts=1",): "2 impossible",
+        ("data.train=[nowhere]",): "2 impossible",
+        ("model.experts=1",): "top_k=2",
         ("model.expert=1",): "did you mean 'experts'",
         ("sweep.axis=1",): "did you mean 'axes'",
         ("sweep.metric=nothing",): "no trial reports it",
