@@ -129,7 +129,8 @@ def load_frames(
     encoded = view.encoded(unique)
     images = list(_decoders().map(decode, encoded, [view.path(int(row)) for row in unique]))
     chosen = list(draws) if draws is not None else [ImageDraws()] * len(flat)
-    out = torch.empty(len(flat), 3, *transform.size)
+    with torch.inference_mode(False):  # the mode is this thread's alone: others may not write into its tensors
+        out = torch.empty(len(flat), 3, *transform.size)
 
     def write(place: int) -> None:
         out[place] = transform.apply(images[inverse[place]], chosen[place])
