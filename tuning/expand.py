@@ -208,6 +208,8 @@ class _Drafts:
         scorings = tuple(_filled(scoring, recipe) for scoring in sweep.evaluate or (Scoring(),))
         if recipe.training.select_on != "test":
             recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, test=()))
+            if not recipe.training.eval_every:  # nothing is scored while it trains
+                recipe = dataclasses.replace(recipe, evaluation=dataclasses.replace(recipe.evaluation, protocol=""))
         key = json.dumps([label, dict(place.repeat), to_mapping(recipe)], sort_keys=True)
         draft = self.found.setdefault(key, _Draft(place, setting, recipe, label, ()))
         draft.scorings += tuple(scoring for scoring in scorings if scoring not in draft.scorings)

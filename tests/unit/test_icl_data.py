@@ -232,7 +232,8 @@ def test_command_makes_noise_and_converts_groups(tmp_path: Path) -> None:
     assert open_permutation(root, "half", 16).digest.hex() == made["sha256"]
     file = tmp_path / f"raw-{name}" / "reid_raw.json"
     words = [str(file), f"root={root}", "layout=cuhk-pedes", f"table={name}", "name=g"]
-    assert command.main(["import-groups", *words])["captions"] == 16
+    people = 4 + 3 + 3  # the file has groups of all splits, each person two images of two captions
+    assert command.main(["import-groups", *words])["captions"] == people * 2 * 2
     from reid_dist.data.store import open_view
 
     view = open_view(DataConfig(root=root), (name,), ("train",))
@@ -245,7 +246,7 @@ def test_command_makes_noise_and_converts_groups(tmp_path: Path) -> None:
     other: list[Any] = json.loads(file.read_text("utf-8"))
     next(entry for entry in other if "diversity_captions" in entry)["captions"][0] += " again"
     (tmp_path / "other.json").write_text(json.dumps(other))
-    with pytest.raises(UserError, match="1 of 8 entries fit no image and caption"):
+    with pytest.raises(UserError, match=f"1 of {people * 2} entries fit no image and caption"):
         command.main(["import-groups", str(tmp_path / "other.json"), *words[1:]])
 
 

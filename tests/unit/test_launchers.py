@@ -227,7 +227,7 @@ def test_package_of_a_submitted_job_is_small_and_whole(tmp_path: Path, monkeypat
     create_package(str(ROOT), target, include_gitignore=True, excludes=[".git", ".venv", "venv", "__pycache__"])
     with zipfile.ZipFile(target) as archive:
         names = set(archive.namelist())
-    assert target.stat().st_size < 5e6
+    assert target.stat().st_size < 15e6  # of which 9 MB are the small MLLM's weights
     tracked = subprocess.run(
         ["git", "ls-files", "jobs", "reid_dist", "tuning"], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -195,8 +195,12 @@ def test_all_image_splits_train_on_query_and_gallery_of_the_sources() -> None:
     ).trials
     (trial,) = found
     assert trial.recipe.data.train_splits == ("train", "query", "gallery")
-    assert {scoring.protocol for scoring in trial.scorings} == {"ten-splits"}
-    assert [scoring.test for scoring in trial.scorings] == [("prid2011",), ("grid",), ("viper",), ("i-lids",)]
+    assert {scoring.test: scoring.protocol for scoring in trial.scorings} == {
+        ("prid2011",): "ten-splits",
+        ("grid",): "ten-splits",
+        ("viper",): "ten-splits-both-ways",
+        ("i-lids",): "ten-splits",
+    }
 
 
 def test_a_shared_stage_is_one_run_for_all_that_agree_in_what_it_sees() -> None:
