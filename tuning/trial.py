@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -163,7 +164,10 @@ def chosen(run: Run, metric: str) -> tuple[float | None, str, str]:
 def spent(run: Run) -> tuple[float, float]:
     """(seconds over all attempts, GPU-hours; 0 where no GPU was used)."""
     card = run.card()
-    return card["seconds"], card["seconds"] / 3600 * float(card.get("gpus", 0.0))
+    seconds, last = float(card["seconds"]), card["attempts"][-1]
+    if last["end"] is None:  # still running: the card counts up to its last note only
+        seconds += time.time() - last["start"] - last["seconds"]
+    return round(seconds, 1), seconds / 3600 * float(card.get("gpus", 0.0))
 
 
 def last_report(metrics: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:

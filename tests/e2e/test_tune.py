@@ -140,8 +140,6 @@ def test_eight_trials_killed_in_the_middle_and_continued(cluster: Head, place: P
     assert all(o["step"] < 20 and o["scores"] == [] for o in stopped.values())
     done = [o for o in outcomes.values() if o["status"] == "done"]
     assert all(o["step"] == 20 and len(o["scores"]) == 1 and o["selected_on"] == "val" for o in done)
-    best = {o["label"]: o["value"] for o in done}
-    assert max(best, key=lambda label: best[label]) == "comoe lr=0.001"
     card = Run.read(done[0]["uri"]).card()
     assert (card["status"], card["sweep"]) == ("done", state.uri)
     assert "jobs.tune" in card["command"]
@@ -151,9 +149,10 @@ def test_eight_trials_killed_in_the_middle_and_continued(cluster: Head, place: P
     assert {path.name for path in folder.glob("leaderboard.*")} == {
         f"leaderboard.{kind}" for kind in ("md", "csv", "tex", "html")
     }
-    assert "Synthetic data" in (folder / "leaderboard.md").read_text()
+    assert f"{len(done)} trials done, {len(stopped)} stopped early" in (folder / "leaderboard.md").read_text()
     recipe = methods.load_recipe(str(folder / "best.yaml"))
-    assert (recipe.optim.lr, recipe.data.test) == (1e-3, ("synthetic-cuhk-pedes",))
+    assert recipe.optim.lr in {o["setting"]["optim.lr"] for o in done}
+    assert recipe.data.test == ("synthetic-cuhk-pedes",)
     assert not (folder / "ray").exists()
 
 
