@@ -18,6 +18,7 @@ from typing import Any
 from reid_dist.errors import RunError, UserError
 from reid_dist.runs import Run
 from reid_dist.storage import ray_storage
+from tuning import groups
 from tuning.expand import Trial
 from tuning.feed import Next, make_feed, make_ledger
 from tuning.search import STEP, OptunaChooser, history, make_scheduler, replay
@@ -33,7 +34,7 @@ TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # its state is thrown away
 }
-GONE_S = 60.0  # how long placement groups may take to vanish after the last trial
+GONE_S = 10.0  # how long placement groups may take to vanish after the last trial
 
 
 @dataclass
@@ -103,7 +104,7 @@ def run_phase(
         _watch(books, tuner.fit)
     finally:
         state.store.delete_tree("ray")
-        leftover = remove_placement_groups()
+        leftover = groups.remove_all(GONE_S)
         if leftover:
             logger.warning("%d placement groups of this job were left after %.0f s and were removed", leftover, GONE_S)
 
@@ -133,6 +134,7 @@ def _watch(books: Books, fit: Callable[[], Any]) -> None:
     while not done.is_set():
         try:
             time.sleep(0.5)
+            groups.remove_orphans()  # the room of a trial that was stopped is the next one's at once
             if books.closed:
                 _ask_to_stop(books)
         except (KeyboardInterrupt, RunError) as interrupt:
@@ -189,24 +191,3 @@ def payload(books: Books, trial: Trial) -> dict[str, Any]:
         "metric": books.sweep.metric if trial.scorings else "",
         "command": books.command,
     }
-
-
-def remove_placement_groups(patience_s: float = GONE_S) -> int:
-    """Wait until this job has no placement group; remove those that stay. Returns how many had to be removed."""
-    import ray
-    from ray._raylet import PlacementGroupID
-    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
-
-    own = ray.get_runtime_context().get_job_id()
-
-    def left() -> list[str]:
-        table = placement_group_table()
-        return [name for name, facts in table.items() if name.endswith(own) and facts["state"] != "REMOVED"]
-
-    deadline = time.monotonic() + patience_s
-    while left() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    names = left()
-    for name in names:
-        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
-    return len(names)

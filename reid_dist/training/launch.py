@@ -79,11 +79,11 @@ def fit(recipe: Recipe, run: Run, callbacks: Sequence[Any] = ()) -> dict[str, An
 
 def _one_try(recipe: Recipe, run: Run, number: int, callbacks: Sequence[Any]) -> dict[str, Any]:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     needs = resources(recipe)
     path, filesystem = ray_storage(f"{run.uri}/ray")
-    trainer = TorchTrainer(
+    trainer = _trainer()(
         _worker,
         train_loop_config={
             "recipe": to_mapping(recipe),
@@ -110,6 +110,28 @@ def _one_try(recipe: Recipe, run: Run, number: int, callbacks: Sequence[Any]) ->
         return _in_thread(trainer.fit, run).return_value
     finally:
         run.store.delete_tree("ray")
+
+
+def _private_cluster() -> bool:
+    """Whether the cluster is this job's own and ends with it: jobs/_cluster.py says so to every process by this variable."""
+    return os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0"
+
+
+def _trainer() -> type[Any]:
+    """Ray's TorchTrainer. In a private cluster without its placement group cleaner: an actor that imports Ray Train (4 s of
+    CPU per start) only to ask a dashboard that is not there. Groups end with the job, in a sweep by tuning/groups.py."""
+    from ray.train.torch import TorchTrainer
+
+    if not _private_cluster():
+        return TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class Private(TorchTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            made = super()._create_default_callbacks()
+            return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+    return Private
 
 
 def _in_thread(call: Callable[[], Any], run: Run) -> Any:
@@ -235,7 +257,7 @@ def _preempted() -> bool:
     private cluster, which nobody drains and which has no watcher, is not asked."""
     import ray.train
 
-    if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0":
+    if _private_cluster():
         return False
     return ray.train.get_preemption_info() is not None
 
