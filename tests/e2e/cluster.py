@@ -36,6 +36,12 @@ class Head:
 
     dashboard: str
     environment: dict[str, str]
+    address: str
+
+    @property
+    def client(self) -> dict[str, str]:
+        """The environment of a job that is started beside the head, as `ray job submit` would start it there."""
+        return self.environment | {"RAY_ADDRESS": self.address}
 
     def submit(self, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir . -- python -m <words>`, followed to its end."""
@@ -47,8 +53,8 @@ class Head:
 
 
 @contextmanager
-def head(num_cpus: int = 4) -> Iterator[Head]:
-    """Start one and end it (SIGTERM to its own process, which ends all it started)."""
+def head(num_cpus: int = 4, **variables: str) -> Iterator[Head]:
+    """Start one and end it (SIGTERM to its own process, which ends all it started). `variables`: more for its environment."""
     folder = Path(tempfile.mkdtemp(prefix="reid-head-", dir="/tmp"))
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
@@ -60,6 +66,7 @@ def head(num_cpus: int = 4) -> Iterator[Head]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_JOB_STOP_WAIT_TIME_S": "60",
         "PATH": f"{BIN}:{os.environ['PATH']}",
+        **variables,
     }
     log = (folder / "head.log").open("w")
     process = subprocess.Popen(
@@ -75,7 +82,7 @@ def head(num_cpus: int = 4) -> Iterator[Head]:
             assert process.poll() is None, (folder / "head.log").read_text()[-2000:]
             assert time.monotonic() < deadline, "the head did not come up in 90 s"
             time.sleep(0.5)
-        yield Head(f"http://127.0.0.1:{port}", environment)
+        yield Head(f"http://127.0.0.1:{port}", environment, (folder / "ray_current_cluster").read_text().strip())
     finally:
         process.send_signal(signal.SIGTERM)
         try:

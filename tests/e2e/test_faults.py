@@ -5,19 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
 from reid_dist import methods
 from reid_dist.runs import Run
 from tests.e2e.cluster import ROOT
+from tests.e2e.job import Job
 from tests.s3server import S3Server, s3  # noqa: F401 - a fixture
 from tests.worlds import small_tables
 
@@ -27,41 +22,6 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
     small_tables(folder, methods.load_recipe("comoe/tiny"))
     return folder
-
-
-class Job:
-    """A job in a process of its own."""
-
-    def __init__(self, *words: str) -> None:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", *words],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def finish(self, timeout: float = 300) -> tuple[int, dict[str, Any], str]:
-        """(exit code, record, stderr)."""
-        out, err = self.process.communicate(timeout=timeout)
-        record: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
-        return self.process.returncode, record, err
-
-    def wait_for(self, condition: Callable[[], bool], timeout: float = 200) -> None:
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert self.process.poll() is None, self.process.communicate()[1][-3000:]
-            assert time.monotonic() < deadline, "the job did not get there in time"
-            time.sleep(0.3)
-
-    def workers(self) -> list[psutil.Process]:
-        found = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in found if "RayTrainWorker" in " ".join(_cmdline(child))]
-
-
-def _cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return list(process.cmdline())
-    except psutil.Error:
-        return []
 
 
 def losses(run: str) -> list[tuple[int, float]]:

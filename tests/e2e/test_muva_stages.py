@@ -10,7 +10,7 @@ import pytest
 
 from reid_dist.runs import Run
 from tests.bench.bench_muva import make_tables
-from tests.e2e.test_faults import Job
+from tests.e2e.job import Job
 
 WORLD = {"num_train": 60, "num_test": 20, "num_distractors": 0}
 SIZES = ("training.epochs=6", "training.global_batch=32", "model.prompts.epochs=8", "training.checkpoint_every_steps=5")

@@ -90,7 +90,8 @@ def test_wrong_input_is_exit_2_in_the_log_and_a_wrong_token_gets_nothing(cluster
     assert result.returncode == 1  # ray's own exit code for any failure
     assert "did you mean 'num_workers'?" in result.stdout
     assert '"exit_code": 2' in result.stdout
-    stranger = Head(cluster.dashboard, {**cluster.environment, "RAY_AUTH_TOKEN": "0" * 64, "RAY_AUTH_TOKEN_PATH": ""})
+    wrong = {**cluster.environment, "RAY_AUTH_TOKEN": "0" * 64, "RAY_AUTH_TOKEN_PATH": ""}
+    stranger = Head(cluster.dashboard, wrong, cluster.address)
     refused = stranger.submit("jobs.train", "--list")
     assert refused.returncode != 0
     assert "token" in (refused.stdout + refused.stderr).lower()

@@ -11,7 +11,7 @@ from jobs import evaluate, report
 from reid_dist import methods
 from reid_dist.errors import UserError
 from reid_dist.runs import Run
-from tests.e2e.test_faults import Job
+from tests.e2e.job import Job
 from tests.worlds import small_tables
 
 WORDS = ["jobs.train", "rle/tiny", "trials=[0,1]", "name=divisions", "training.max_steps=3", "training.epochs=1"]

@@ -1,0 +1,63 @@
+"""A job in a process of its own, as a user or `ray job submit` starts it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import psutil
+
+from tests.e2e.cluster import ROOT
+from tests.worlds import read_record
+
+
+class Job:
+    """`python -m <words>`; with its own private Ray, or the cluster that `environment` names (Head.client)."""
+
+    def __init__(self, *words: str, environment: Mapping[str, str] | None = None) -> None:
+        if environment is None:
+            environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would block the job
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *words],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=self.log, text=True,
+        )  # fmt: skip
+
+    def finish(self, timeout: float = 300) -> tuple[int, dict[str, Any], str]:
+        """(exit code, record, stderr)."""
+        out, _ = self.process.communicate(timeout=timeout)
+        assert out.strip(), self.said()
+        return self.process.returncode, read_record(out), self.said()
+
+    def said(self) -> str:
+        """What stands on stderr so far."""
+        self.log.seek(0)
+        return self.log.read()
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 200) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.process.poll() is None, self.said()[-3000:]
+            assert time.monotonic() < deadline, f"the job did not get there in time: {self.said()[-3000:]}"
+            time.sleep(0.3)
+
+    def kill(self) -> None:
+        """SIGKILL, and no sooner back than it is gone."""
+        self.process.kill()
+        self.process.communicate()
+
+    def workers(self) -> list[psutil.Process]:
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in found if "RayTrainWorker" in " ".join(_cmdline(child))]
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
