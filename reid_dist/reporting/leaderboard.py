@@ -17,6 +17,7 @@ from markupsafe import Markup
 from reid_dist.reporting.tables import table
 
 SHOWN = {"mAP": "mAP", "rank1": "Rank-1"}  # what a cell shows, in the order of most papers' tables
+MANY_COLUMNS = 4  # on a page
 METRICS = ("rank1", "rank5", "rank10", "mAP", "mINP")  # what the CSV holds
 
 
@@ -103,11 +104,11 @@ def _percent(value: float | None, spread: float | None = None, sign: str = "±")
 
 def _lines(board: Leaderboard, sign: str) -> list[tuple[list[str], bool]]:
     """[(cells with the row's name first, whether it is a paper's)]."""
-    lines = []
+    lines, same = [], _same_count(board)
     for row in board.rows:
         own = [board.cells.get((row, column)) for column in board.columns]
         if any(own):
-            lines.append(([row, *(_ours(cell, sign) for cell in own)], False))
+            lines.append(([row, *(_ours(cell, sign, same is None) for cell in own)], False))
         figures = board.papers.get(row, {})
         if figures:
             sources = "; ".join(dict.fromkeys(figure.source for figure in figures.values()))
@@ -116,19 +117,29 @@ def _lines(board: Leaderboard, sign: str) -> list[tuple[list[str], bool]]:
     return lines
 
 
-def _ours(cell: Cell | None, sign: str) -> str:
+def _same_count(board: Leaderboard) -> int | None:
+    """The n of every cell, when it is one; else each cell says its own."""
+    counts = {cell.count for cell in board.cells.values()}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _ours(cell: Cell | None, sign: str, says_count: bool) -> str:
     if cell is None:
         return "-"
     text = " / ".join(_percent(cell.mean.get(m), cell.spread.get(m), sign) for m in SHOWN)
-    return f"{text} (n={cell.count})" if cell.count > 1 else text
+    return f"{text} (n={cell.count})" if says_count and cell.count > 1 else text
 
 
 def _record(record: Mapping[str, float]) -> str:
     return " / ".join(_percent(record.get(metric)) for metric in SHOWN) if record else "-"
 
 
-def _head() -> str:
-    return f"{' / '.join(SHOWN.values())} in percent; mean and sample standard deviation over n seeds and divisions"
+def _head(board: Leaderboard) -> str:
+    """What a cell holds."""
+    text, same = f"{' / '.join(SHOWN.values())} in percent", _same_count(board)
+    if same == 1 or not board.cells:
+        return text
+    return f"{text}; mean and sample standard deviation over {same or 'n'} seeds or divisions"
 
 
 def markdown(board: Leaderboard) -> str:
@@ -143,7 +154,7 @@ def markdown(board: Leaderboard) -> str:
     rule = "| --- |" + " --- |" * len(board.columns)
     notes = [f"- {note}" for note in board.notes]
     return (
-        "\n".join([f"# {board.title}", "", f"{_head()}.", "", line(["", *board.columns]), rule, *rows, "", *notes])
+        "\n".join([f"# {board.title}", "", f"{_head(board)}.", "", line(["", *board.columns]), rule, *rows, "", *notes])
         + "\n"
     )
 
@@ -192,15 +203,18 @@ def latex(board: Leaderboard) -> str:
     head = " & ".join(["", *(_tex(column) for column in board.columns)]) + r" \\"
     notes = [f"% {note}" for note in board.notes]
     return "\n".join(
-        [*notes, r"\begin{table}", r"\centering", rf"\caption{{{_tex(board.title)}. {_tex(_head())}.}}",
+        [*notes, r"\begin{table}", r"\centering", rf"\caption{{{_tex(board.title)}. {_tex(_head(board))}.}}",
          rf"\begin{{tabular}}{{l{'c' * len(board.columns)}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule",
          r"\end{tabular}", r"\end{table}", ""]
     )  # fmt: skip
 
 
 def html(board: Leaderboard) -> Markup:
-    """The table for a page."""
-    rows = []
-    for cells, paper in _lines(board, "±"):
-        rows.append([Markup("<em>{}</em>").format(cell) for cell in cells] if paper else cells)
-    return table(["", *board.columns], rows, caption=_head())
+    """The table for a page. Many columns beside few rows are turned, so that none runs out of the page."""
+    lines = _lines(board, "±")
+    shown = [[Markup("<em>{}</em>").format(cell) if paper else cell for cell in cells] for cells, paper in lines]
+    headings = [column.replace("->", "→") for column in board.columns]
+    if len(headings) > max(MANY_COLUMNS, len(shown)):
+        turned = zip(headings, *[cells[1:] for cells in shown], strict=True)
+        return table(["", *(cells[0] for cells in shown)], list(turned), caption=_head(board))
+    return table(["", *headings], shown, caption=_head(board))
