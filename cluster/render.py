@@ -21,6 +21,9 @@ LAPTOP_HEAD_ID = "f" * 51 + "00000"  # the fake provider's own id of a head
 
 # Grafana panels: title, Prometheus expression, unit.
 PANELS = """
+Training: loss | ray_reid_training_loss | short
+Training: rows per second | ray_reid_training_rows_per_s | short
+Training: step | ray_reid_training_step | short
 Training: state of the controllers | sum by (ray_train_run_name, ray_train_controller_state) (ray_train_controller_state) | short
 Training: seconds lost to starting workers | sum by (ray_train_run_name) (ray_train_worker_group_start_total_time_s) | s
 Training: seconds blocked in reports | sum by (ray_train_worker_world_rank) (ray_train_report_total_blocked_time_s) | s

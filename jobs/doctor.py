@@ -54,8 +54,8 @@ def everywhere(options: dict[str, Any]) -> dict[str, list[Finding]]:
 
         alive = [node for node in ray.nodes() if node["Alive"]]
         task = ray.remote(num_cpus=0)(examine)
-        asked = {
-            f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})": task.options(
+        asked = {  # the end of an id tells: on one machine (cluster/laptop.yaml) all begin alike
+            f"{node['NodeManagerHostname']} ({node['NodeID'][-8:]})": task.options(
                 scheduling_strategy=On(node["NodeID"], soft=False)
             ).remote(options)
             for node in alive

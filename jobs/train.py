@@ -93,7 +93,7 @@ def train(recipe: Recipe, plan_only: bool = False) -> dict[str, Any]:
     return {
         "run": run.uri,
         "method": recipe.method,
-        "num_workers": training.num_workers,
+        "num_workers": summary["num_workers"],
         "zero_stage": training.zero_stage,
         "steps": summary["steps"],
         "device": summary["device"],
@@ -149,7 +149,8 @@ def plan_of(recipe: Recipe, stages: list[Any], data: Any) -> dict[str, Any]:
         "selection_images": len(data.val) if data.val is not None else 0,
         "stages": {stage.name: count for stage, count in zip(stages, steps, strict=True)},
         "steps": total,
-        "workers": f"{training.num_workers} x {training.cpus_per_worker:g} CPU"
+        "workers": ("" if training.min_workers is None else f"{training.min_workers} to ")
+        + f"{training.num_workers} x {training.cpus_per_worker:g} CPU"
         + ("" if training.use_gpu is False else f" (+ {training.gpus_per_worker:g} GPU where the cluster has GPUs)"),
         "zero_stage": training.zero_stage,
         "precision": training.precision,

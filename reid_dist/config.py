@@ -82,6 +82,10 @@ class TrainingConfig:
     max_steps: int | None = None  # end after this many optimizer steps, whatever the epochs say
     global_batch: int = 64  # rows per optimizer step over all workers
     num_workers: int = 1
+    min_workers: int | None = (
+        None  # elastic: with fewer nodes go on with as few as these, and grow back when nodes come
+    )
+    resize_every_s: float = 60.0  # elastic: between two looks whether there is room for more workers
     use_gpu: bool | None = None  # None: when the cluster has GPUs
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 1.0  # with use_gpu
@@ -231,7 +235,21 @@ def build_recipe(mapping: Mapping[str, Any], method_config: Callable[[str], type
         raise RecipeError(
             f"name={recipe.name!r}: a run's name is one folder name, without '/' and not starting with '.'"
         )
+    _check_workers(recipe.training)
     return recipe
+
+
+def _check_workers(training: TrainingConfig) -> None:
+    """Raises RecipeError for a number of workers that is none, or an elastic range that is empty."""
+    if training.num_workers < 1:
+        raise RecipeError(f"training.num_workers={training.num_workers}: at least 1")
+    if training.min_workers is not None and not 1 <= training.min_workers <= training.num_workers:
+        raise RecipeError(
+            f"training.min_workers={training.min_workers}: from 1 to training.num_workers (now {training.num_workers}), "
+            "or null for a fixed number"
+        )
+    if training.resize_every_s <= 0:
+        raise RecipeError(f"training.resize_every_s={training.resize_every_s}: more than 0 seconds")
 
 
 def typed(cls: type, mapping: Any, where: str) -> Any:

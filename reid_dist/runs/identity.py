@@ -35,6 +35,8 @@ FREE = frozenset(
         "data.loader_threads",
         "data.prefetch",
         "training.num_workers",
+        "training.min_workers",
+        "training.resize_every_s",
         "training.use_gpu",
         "training.cpus_per_worker",
         "training.gpus_per_worker",

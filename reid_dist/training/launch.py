@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from reid_dist.config import Recipe, build_recipe, to_mapping
@@ -26,6 +26,12 @@ from reid_dist.training.loop import Hooks, Stopped, out_of_memory
 
 logger = logging.getLogger(__name__)
 
+# Rank 0's scalars that Ray exports to Prometheus (cluster/monitoring), as ray_reid_training_NAME{run}.
+GAUGES = {
+    "step": "Optimizer steps done",
+    "loss": "Training loss",
+    "rows_per_s": "Training rows per second over all workers",
+}
 STOP_POLL_S = 2.0  # how often rank 0 looks for a request to stop
 
 
@@ -78,7 +84,7 @@ def fit(recipe: Recipe, run: Run, callbacks: Sequence[Any] = ()) -> dict[str, An
 
 
 def _one_try(recipe: Recipe, run: Run, number: int, callbacks: Sequence[Any]) -> dict[str, Any]:
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchConfig
 
     needs = resources(recipe)
@@ -90,9 +96,7 @@ def _one_try(recipe: Recipe, run: Run, number: int, callbacks: Sequence[Any]) ->
             "run": run.uri,
             "attempt": run.attempt,
         },
-        scaling_config=ScalingConfig(
-            num_workers=recipe.training.num_workers, use_gpu="GPU" in needs, resources_per_worker=needs
-        ),
+        scaling_config=_scaling(recipe, needs),
         run_config=RunConfig(
             # A fresh name per try: Ray would silently continue a run of the same name.
             name=f"attempt-{run.attempt:04d}-{number}",
@@ -132,6 +136,20 @@ def _trainer() -> type[Any]:
             return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     return Private
+
+
+def _scaling(recipe: Recipe, needs: dict[str, float]) -> Any:
+    """Ray Train's scaling: a fixed number of workers, or a range within which it starts them anew as nodes go and come."""
+    from ray.train import ScalingConfig
+
+    training = recipe.training
+    least = training.min_workers
+    return ScalingConfig(
+        num_workers=training.num_workers if least is None else (least, training.num_workers),
+        use_gpu="GPU" in needs,
+        resources_per_worker=needs,
+        elastic_resize_monitor_interval_s=training.resize_every_s,
+    )
 
 
 def _in_thread(call: Callable[[], Any], run: Run) -> Any:
@@ -209,13 +227,15 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
 
     from reid_dist.training.selection import evaluator
     from reid_dist.training.start import init_weights
-    from reid_dist.training.tracking import trackers
+    from reid_dist.training.tracking import Guarded, trackers
     from reid_dist.training.worker import make_worker, prepare
 
     marks["imports"] = time.time()
     recipe = build_recipe(config["recipe"], lambda name: get(name).Config)
     context = ray.train.get_context()
     run = Run.attach(config["run"], config["attempt"])
+    if context.get_world_rank() == 0:
+        run.note("workers", count=context.get_world_size())
     with ship_logs(run, f"rank-{context.get_world_rank()}"), _stop_watch(run, context.get_world_rank()) as wanted:
         try:
             prepared = prepare(recipe, init_weights(recipe))
@@ -229,7 +249,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
                 marks=marks,
             )
             worker = make_worker(recipe, prepared, run, hooks)
-            worker.sinks = trackers(recipe, run) if worker.ctx.rank == 0 else []
+            worker.sinks = [*trackers(recipe, run), Guarded(Gauges(recipe.name))] if worker.ctx.rank == 0 else []
             progress = worker.train()
         except Stopped as stopped:
             return {"stopped": str(stopped)}
@@ -244,6 +264,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     peak = torch.cuda.max_memory_allocated() if worker.device.type == "cuda" else 0
     return {
         "steps": progress.step,
+        "num_workers": context.get_world_size(),
         "metrics": worker.metrics,
         "last": worker.losses[-1] if worker.losses else {},
         "device": device,
@@ -260,6 +281,26 @@ def _preempted() -> bool:
     if _private_cluster():
         return False
     return ray.train.get_preemption_info() is not None
+
+
+class Gauges:
+    """A tracker: GAUGES of the run `name` among Ray's own metrics."""
+
+    def __init__(self, name: str) -> None:
+        from ray.util.metrics import Gauge
+
+        self._tags = {"run": name}
+        self._gauges = {key: Gauge(f"reid_training_{key}", text, ("run",)) for key, text in GAUGES.items()}
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Set what is there: the step, and of scalars `step/loss` and `step/rows_per_s`."""
+        for key, value in {**scalars, "step/step": step}.items():
+            gauge = self._gauges.get(key.removeprefix("step/"))
+            if gauge is not None:
+                gauge.set(value, self._tags)
+
+    def close(self) -> None:
+        """Nothing to do: the gauges end with the process."""
 
 
 def _bar(**options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,21 @@ def test_yaml_is_safe_and_strict() -> None:
         parse_yaml("a: 1\na: 2", "x")
     with pytest.raises(RecipeError, match="not valid YAML"):
         parse_yaml("!!python/object/apply:os.system ['true']", "x")
+
+
+@pytest.mark.parametrize(
+    ("words", "telling"),
+    [
+        (["training.num_workers=0"], "num_workers=0: at least 1"),
+        (["training.num_workers=2", "training.min_workers=3"], "from 1 to training.num_workers (now 2)"),
+        (["training.num_workers=2", "training.min_workers=0"], "or null for a fixed number"),
+        (["training.resize_every_s=0"], "more than 0 seconds"),
+    ],
+)
+def test_numbers_of_workers_that_cannot_be(words: list[str], telling: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(telling)):
+        build(*words)
+    assert build("training.num_workers=4", "training.min_workers=2").training.min_workers == 2
 
 
 def test_a_missing_file_and_a_missing_method_are_one_line() -> None:

@@ -200,7 +200,9 @@ def test_dashboard_and_alerts_name_metrics_that_ray_exports() -> None:
     from ray.train.v2._internal.metrics.controller import ControllerMetrics
     from ray.train.v2._internal.metrics.worker import WorkerMetrics
 
-    known = {f"ray_{name}" for name in METRICS_GAUGES}
+    from reid_dist.training.launch import GAUGES
+
+    known = {f"ray_{name}" for name in METRICS_GAUGES} | {f"ray_reid_training_{name}" for name in GAUGES}
     for source in (ControllerMetrics, WorkerMetrics):
         known |= {
             f"ray_{value}" for key, value in vars(source).items() if key.isupper() and str(value).startswith("train_")

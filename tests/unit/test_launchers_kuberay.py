@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ import pytest
 import yaml
 
 from cluster.render import ray_version
+from jobs._job import split_words
+from jobs._words import split_options
+from jobs.generate import GenerateOptions
+from jobs.interact import InteractOptions
+from reid_dist import methods
+from reid_dist.config import apply_overrides
+from reid_dist.data import layouts
+from tuning.sweep import load_sweep, nested
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "cluster/kuberay").glob("*.yaml"))
@@ -193,7 +202,38 @@ def test_standing_cluster_scales_from_nothing() -> None:
     assert all(now == least == 0 < most for now, least, most in sizes.values())
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if "rayjob" in path.stem], ids=lambda path: path.stem)
+JOBS = {path.stem.removeprefix("rayjob-"): path for path in FILES if "rayjob" in path.stem}
+OF_ONE_MACHINE = {"demo", "doctor", "postmortem", "runs"}  # jobs that need no cluster, or one that is there
+
+
+def test_every_verb_that_computes_has_a_job() -> None:
+    verbs = {path.stem for path in (ROOT / "jobs").glob("[a-z]*.py")}
+    assert JOBS.keys() == verbs - OF_ONE_MACHINE
+
+
+def words_of(verb: str) -> tuple[list[str], list[str]]:
+    """(names, key=value words) of a job's entrypoint."""
+    words, values, flags = split_words(shlex.split(load(JOBS[verb])["spec"]["entrypoint"])[3:], "")
+    assert not flags
+    return words, values
+
+
+def test_lines_are_what_the_jobs_take() -> None:
+    """Each entrypoint through the parser of its own job; the data behind the words is the user's."""
+    words, values = words_of("train")
+    recipe = methods.load_recipe(words[0], values)
+    words, values = words_of("tune")
+    sweep = load_sweep(words[0], [])
+    assert apply_overrides(nested(sweep.set), values)["data"]["root"] == recipe.data.root
+    for verb, options in (("interact", InteractOptions), ("generate", GenerateOptions)):
+        _, values = words_of(verb)
+        assert split_options(options, values, rest_allowed=False)[0].root == recipe.data.root
+    run = f"{recipe.output}/{recipe.name}"
+    assert [words_of(verb)[0][0] for verb in ("evaluate", "extract", "report", "interact")] == [run] * 4
+    assert words_of("pack")[0][0] in layouts.names()
+
+
+@pytest.mark.parametrize("path", JOBS.values(), ids=lambda path: path.stem)
 def test_job_is_a_verb_of_ours_and_ends_its_cluster(path: Path) -> None:
     spec = load(path)["spec"]
     verb = path.stem.removeprefix("rayjob-")

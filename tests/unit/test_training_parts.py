@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -76,6 +77,40 @@ def test_out_of_memory_names_the_knobs() -> None:
     ):
         assert knob in str(readable)
     assert out_of_memory(RuntimeError("something else"), RECIPE) is None
+
+
+def test_an_elastic_recipe_is_a_range_for_ray_train() -> None:
+    from reid_dist.training.launch import _scaling
+
+    fixed = _scaling(RECIPE, {"CPU": 1.0})
+    assert (fixed.num_workers, fixed.use_gpu, fixed.elasticity_enabled) == (2, False, False)
+    training = dataclasses.replace(RECIPE.training, num_workers=4, min_workers=2, resize_every_s=5.0)
+    elastic = _scaling(dataclasses.replace(RECIPE, training=training), {"CPU": 1.0, "GPU": 1.0})
+    assert (elastic.min_workers, elastic.max_workers, elastic.use_gpu) == (2, 4, True)
+    assert elastic.elastic_resize_monitor_interval_s == 5.0
+
+
+def test_gauges_for_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.util import metrics
+
+    from reid_dist.training.launch import GAUGES, Gauges
+
+    seen: dict[str, tuple[float, dict[str, str]]] = {}
+
+    class Gauge:
+        def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+            self.name = name
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            seen[self.name] = (value, tags)
+
+    monkeypatch.setattr(metrics, "Gauge", Gauge)
+    Gauges("mine").log(7, {"step/loss": 0.5, "step/rows_per_s": 90.0, "step/lr": 1e-4})
+    Gauges("mine").log(8, {"eval/loss": 3.0})
+    of_run = {"run": "mine"}
+    assert seen == {"reid_training_loss": (0.5, of_run), "reid_training_rows_per_s": (90.0, of_run),
+                    "reid_training_step": (8, of_run)}  # fmt: skip
+    assert {f"reid_training_{name}" for name in GAUGES} == seen.keys()
 
 
 def test_meter_reads_rarely_and_names_the_term_that_diverged() -> None:
