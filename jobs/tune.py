@@ -60,14 +60,13 @@ def tune(sweep: Any, plan_only: bool = False, cluster: str = "") -> dict[str, An
     from tuning.capacity import shapes_of_file
     from tuning.cluster import connected_shapes, least_cpus, this_machine
     from tuning.expand import check_axes, places
-    from tuning.plan import EVERY
     from tuning.run import execute, make_side_tables, missing_side_tables, prepare
     from tuning.state import SweepState
 
     check_axes(sweep, places(sweep))
     root = data_root(sweep)
+    missing = missing_side_tables(sweep, root)
     if plan_only:
-        missing = missing_side_tables(sweep, root)
         asks = bool(os.environ.get("RAY_ADDRESS")) and not cluster
         with connect() if asks else contextlib.nullcontext():
             shapes = shapes_of_file(cluster) if cluster else connected_shapes() if asks else this_machine(sweep)
@@ -75,9 +74,12 @@ def tune(sweep: Any, plan_only: bool = False, cluster: str = "") -> dict[str, An
         record = plan.record() | {"side_tables_to_make": missing}
         log_plan(record)
         return {"plan": record}
-    make_side_tables(sweep, root)
-    plan, checker = prepare(sweep, this_machine(sweep))  # what the file and the data say, before any Ray is started
-    refuse_impossible([problem for problem in plan.problems if problem.label != EVERY])
+    plan, checker = checked(
+        sweep, side_tables=not missing
+    )  # what the file and the data say, before any job or Ray is started
+    if missing:
+        make_side_tables(sweep, root)
+        plan, checker = checked(sweep)
     state = SweepState(sweep.uri)
     record_in(state.write_record)
     command = shlex.join(["python", *sys.orig_argv[1:]])
@@ -99,6 +101,17 @@ def tune(sweep: Any, plan_only: bool = False, cluster: str = "") -> dict[str, An
                 raise Terminated(f"{error}; the same command continues the sweep") from None
             raise
     return record | write_board(state.uri)
+
+
+def checked(sweep: Any, side_tables: bool = True) -> Any:
+    """(plan, checker) without a cluster. Raises UserError when a trial is impossible for a reason that no cluster mends."""
+    from tuning.cluster import this_machine
+    from tuning.plan import EVERY
+    from tuning.run import prepare
+
+    plan, checker = prepare(sweep, this_machine(sweep), side_tables)
+    refuse_impossible([problem for problem in plan.problems if problem.label != EVERY])
+    return plan, checker
 
 
 def data_root(sweep: Any) -> str:

@@ -31,11 +31,16 @@ def write_table(
         path = raw / record.path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
+    return pack_tree(root, name, records, raw, chunk)
+
+
+def pack_tree(root: str, name: str, records: Sequence[Record], raw: Path, chunk: int = 4) -> int:
+    """Pack records whose images lie below `raw` (a path may name a box of one); returns the table's version."""
     place = open_store(root).uri
     uri = table_uri(place, name)
     parsed = ParsedDataset(name=name, records=tuple(records))
-    digest = pack.source_digest(name, parsed, {r.path: len(i) for r, i in zip(records, images, strict=True)}, {})
-    todo = pack.Plan(name, name, str(raw), place, uri, digest, parsed, None)
+    sizes = {record.path: (raw / record.path.partition("#")[0]).stat().st_size for record in records}
+    todo = pack.Plan(name, name, str(raw), place, uri, pack.source_digest(name, parsed, sizes, {}), parsed, None)
     results = []
     for number in range(-(-len(records) // chunk)):
         part = records[number * chunk : (number + 1) * chunk]

@@ -10,14 +10,16 @@ from reid_dist.config import Recipe
 from reid_dist.data import layouts
 from reid_dist.data.synthetic import write_synthetic
 from reid_dist.storage import open_store
-from tests.tables import write_table
+from tests.tables import pack_tree
 
 PREFIX = "synthetic-"
 SMALL: dict[str, Any] = {"num_train": 12, "num_test": 6, "images_per_id": 2}
 
 OF_LAYOUT: dict[str, dict[str, Any]] = {
     "cuhk-pedes": {"num_val": 4},
+    "cuhk03-np": {"images_per_id": 4},  # a query from each camera, and something left to find
     "regdb": {"num_train": 0, "num_test": 16},  # its divisions halve one set of people
+    **{set_: {"num_train": 0, "num_test": 16} for set_ in ("grid", "i-lids", "ilids-vid", "prid2011", "viper")},
 }
 
 
@@ -28,8 +30,7 @@ def small_table(root: Path, name: str, **options: Any) -> str:
     if not raw.exists():
         write_synthetic(raw, layout.name, **{**SMALL, **OF_LAYOUT.get(layout.name, {}), **options})
         parsed = layout.parse(open_store(str(raw)))
-        images = [(raw / record.path).read_bytes() for record in parsed.records]
-        write_table(str(root), name, parsed.records, images, raw, chunk=64)
+        pack_tree(str(root), name, parsed.records, raw, chunk=64)
     return name
 
 

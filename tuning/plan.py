@@ -64,7 +64,7 @@ class Plan:
             "rows": len({trial.label for trial in self.trials}),
             "columns": list(columns),
             "chosen_on": _chosen_on(self.sweep, self.trials),
-            "steps": {"longest_trial": self.longest},
+            "steps": {"longest_trial": self.longest or None},  # None: unknown before the side tables are made
             "per_trial": " + ".join(_bundle(bundle) for bundle in self.bundles),
             "cluster": [shape.describe() for shape in self.shapes],
             "concurrent_trials": self.concurrent,

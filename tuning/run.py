@@ -20,7 +20,7 @@ from tuning.expand import Expansion, Trial, expand
 from tuning.plan import Plan, make_plan
 from tuning.search import OptunaChooser, warm_start
 from tuning.state import SweepState
-from tuning.sweep import Axis, Sweep
+from tuning.sweep import Axis, SideTable, Sweep
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ ASKS = 200  # suggestions that may be refused in a row
 def prepare(sweep: Sweep, shapes: Sequence[NodeShape], side_tables: bool = True) -> tuple[Plan, Checker]:
     """Expand and check a sweep; `side_tables` False: some are not made yet.
 
-    Raises UserError: a wrong file, or an earlier sweep in its place that cannot be read.
+    Raises UserError: a wrong file, or an earlier sweep (in its place, or of search.warm_start) that cannot be read.
     """
     checker, state = Checker(sweep, side_tables), SweepState(sweep.uri)
     outcomes: dict[str, Any] = {}
@@ -40,6 +40,7 @@ def prepare(sweep: Sweep, shapes: Sequence[NodeShape], side_tables: bool = True)
     if sweep.search.name != "optuna":
         return make_plan(sweep, expand(sweep, checker.identify), checker, shapes, outcomes), checker
     refuse_moving_stages(sweep)
+    warm_start(OptunaChooser(sweep), sweep)  # what it cannot read or draw from is said before anything starts
     known = _asked_before(sweep, state, checker) if state.exists else Expansion()
     probe = expand(sweep, checker.identify, iter([{key: _any(axis) for key, axis in sweep.axes.items()}]))
     limit = min(sweep.search.samples or 0, sweep.budget.trials or sys.maxsize)
@@ -83,12 +84,14 @@ def _asked_before(sweep: Sweep, state: SweepState, checker: Checker) -> Expansio
 
 
 def missing_side_tables(sweep: Sweep, root: str) -> list[str]:
-    """Side tables of the sweep that are not there yet, by name."""
-    return [
-        table.name
-        for table in sweep.side_tables
-        if not open_store(f"{root.rstrip('/')}/tables/{table.name}.side.lance").list("_versions/")
-    ]
+    """Side tables and files of the sweep that are not there yet, by name."""
+    return [table.name for table in sweep.side_tables if not _is_there(table, root.rstrip("/"))]
+
+
+def _is_there(table: SideTable, root: str) -> bool:
+    if table.file:
+        return bool(open_store(root).exists(table.file))
+    return bool(open_store(f"{root}/tables/{table.name}.side.lance").list("_versions/"))
 
 
 def make_side_tables(sweep: Sweep, root: str) -> None:
@@ -109,7 +112,7 @@ def make_side_tables(sweep: Sweep, root: str) -> None:
             raise RunError(f"side table {table.name} could not be made (exit {done.returncode}): {tail}")
     still = missing_side_tables(sweep, root)
     if still:
-        raise RunError(f"the jobs of side_tables ran, but {', '.join(still)} are still not under {root}/tables")
+        raise RunError(f"the jobs of side_tables ran, but {', '.join(still)} are still not under {root}")
 
 
 def execute(sweep: Sweep, plan: Plan, checker: Checker, command: str) -> dict[str, Any]:

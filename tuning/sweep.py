@@ -146,10 +146,11 @@ class SharedStage:
 
 @dataclass(frozen=True, kw_only=True)
 class SideTable:
-    """A side table that all trials read; made once, when it is not there yet."""
+    """A side table, or another file beside the tables, that all trials read; made once, when it is not there yet."""
 
     name: str  # <data.root>/tables/<name>.side.lance
     make: str  # the job that makes it: "jobs.generate WORDS ..."; {root} is data.root
+    file: str = ""  # below data.root, where it is no side table: noise/<name>.npy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from jobs import tune as job
 from reid_dist.errors import RunError, UserError
@@ -257,6 +259,68 @@ def test_the_job_plans_and_refuses_before_anything_starts(root: Path, tmp_path: 
         with pytest.raises(UserError, match=telling):
             run_words(str(file), *places, *words)
     assert not (tmp_path / "out").exists()
+
+
+def sweep_file(folder: Path, **sections: Any) -> str:
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({"name": "s", "base": "comoe/tiny", "metric": "mAP", **sections}))
+    return str(folder / "sweep.yaml")
+
+
+COLD = {"name": "optuna", "samples": 2}
+WARM = {**COLD, "warm_start": ["{folder}/earlier"]}
+
+
+@pytest.mark.parametrize(
+    ("sections", "telling"),
+    [
+        ({"axes": {"optim.learning_rate": [1.0]}}, "axes.optim.learning_rate: recipe comoe/tiny has no such key"),
+        ({"evaluate": [{"protocol": "sysu-all-single-shot"}]}, "cannot be scored by protocol sysu-all-single-shot"),
+        ({"metric": "accuracy"}, "metric='accuracy': no trial reports it"),
+        ({"axes": {"optim.lr": [1e-3, 1e-4]}, "search": WARM}, "earlier/sweep.json cannot be read"),
+        ({"axes": {"optim.lr": [1e-3]}, "protocol": {"seeds": [1, 2]}, "search": COLD}, "at most one seed"),
+        ({"name": "earlier"}, "earlier/sweep.json cannot be read"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("plan", [["--plan"], []])
+def test_bad_input_ends_before_anything_starts(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], telling: str, plan: list[str]
+) -> None:
+    """No Ray, no job that makes a side table, nothing written; and the same said by --plan."""
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "sweep.json").write_text("{")
+    making = [{"name": "never", "make": "jobs.generate masks x root={root}"}]
+    text = json.dumps({**sections, "side_tables": making}).replace("{folder}", str(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+
+    def started(*words: Any, **named: Any) -> Any:
+        raise AssertionError(f"{words} was started")
+
+    monkeypatch.setattr("subprocess.run", started)
+    monkeypatch.setattr(job, "connect", started)
+    words = [sweep_file(tmp_path, **json.loads(text)), f"data.root={root}", f"output={tmp_path}", *plan]
+    try:
+        impossible = str(run_words(*words)["plan"]["impossible"])
+    except UserError as error:
+        impossible = str(error)
+    assert telling in impossible
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "sweep.yaml"] == before
+
+
+def test_side_tables_are_made_when_the_file_is_right_and_the_plan_is_checked_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the job that should make it succeeds and makes nothing."""
+    said: list[list[str]] = []
+
+    def run(words: list[str], **named: Any) -> Any:
+        said.append(words)
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr("subprocess.run", run)
+    side = [{"name": "x", "file": "noise/x.npy", "make": "jobs.generate masks t root={root}"}]
+    with pytest.raises(RunError, match="the jobs of side_tables ran, but x are still not under"):
+        run_words(sweep_file(tmp_path, side_tables=side), f"data.root={root}", f"output={tmp_path}/out")
+    assert [words[1:] for words in said] == [["-m", "jobs.generate", "masks", "t", f"root={root}"]]
 
 
 def test_what_optuna_asked_for_is_noted_first_and_continued_after_a_kill(root: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,9 @@ import pytest
 
 from reid_dist.config import RecipeError
 from reid_dist.errors import UserError
+from tuning.driver import Books, queue
+from tuning.expand import expand
+from tuning.feed import make_feed
 from tuning.run import refuse_moving_stages
 from tuning.search import STEP, OptunaChooser, history, make_scheduler, replay, warm_start
 from tuning.state import DONE, STOPPED, SweepState
@@ -185,3 +190,33 @@ def test_an_outcome_is_written_once(tmp_path: Path) -> None:
     assert not state.end("t", STOPPED, value=0.1)
     assert (state.outcomes()["t"]["status"], state.outcomes()["t"]["value"]) == (DONE, 0.5)
     assert state.failures() == {}
+
+
+def trials_of(sweep: Sweep) -> list[Any]:
+    return expand(sweep, lambda recipe: hashlib.sha256(str(recipe.optim.lr).encode()).hexdigest()).trials
+
+
+def test_no_trial_starts_once_the_gpu_hours_are_used_up(tmp_path: Path) -> None:
+    """The budget counts what earlier jobs used; those that run end by themselves."""
+    from ray.tune.search import Searcher
+
+    rates = {"optim.lr": [1e-3, 1e-4, 1e-5]}
+    sweep = sweep_of(output=str(tmp_path), axes=rates, budget={"gpu_hours": 3.0})
+    trials, state = trials_of(sweep), SweepState(sweep.uri)
+    state.end("of-an-earlier-job", DONE, gpu_hours=1.0)
+    books = Books(sweep, state, "", trials={trial.name: trial for trial in trials})
+    feed = make_feed(books, queue(trials))
+    assert json.loads(feed.suggest("a")["trial"])["setting"] == {"optim.lr": 1e-3}
+    state.end(trials[0].name, DONE, gpu_hours=1.5)
+    assert feed.suggest("b") != Searcher.FINISHED
+    state.end(trials[1].name, STOPPED, gpu_hours=0.5)
+    assert feed.suggest("c") == Searcher.FINISHED
+    assert (books.started, books.over_budget) == ([trial.name for trial in trials[:2]], True)
+
+
+def test_a_closed_sweep_starts_nothing_more(tmp_path: Path) -> None:
+    from ray.tune.search import Searcher
+
+    sweep = sweep_of(output=str(tmp_path), axes={"optim.lr": [1e-3]})
+    books = Books(sweep, SweepState(sweep.uri), "", closed="ended by signal SIGTERM")
+    assert make_feed(books, queue(trials_of(sweep))).suggest("a") == Searcher.FINISHED
