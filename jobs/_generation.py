@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from reid_dist.config import DataConfig
 from reid_dist.errors import UserError
 
 logger = logging.getLogger("reid_dist.jobs.generation")
+CONTEXT = 4096  # tokens of prompt and answer, where the model reads that many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class ModelOptions:
     prompts: str = ""  # prompt family; empty: the one that fits the model
     answers: Literal["strict", "legacy"] = "strict"  # how descriptions are read (legacy: as the released code does)
     dtype: str = "auto"
-    context: int = 0  # tokens; 0: 512 for the small model, else 4096
+    context: int = 0  # tokens; 0: 4096, or what the model reads
     pixels: int = -1  # picture budget; -1: 50176, or the small model's own
     tensor_parallel: int = 1
     engines: int = 1  # most
@@ -76,7 +77,7 @@ def prepare(options: ModelOptions, tables: Sequence[str]) -> Answering:
     from reid_dist.generation.engine import EngineConfig
     from reid_dist.generation.image_budget import PIXELS
     from reid_dist.generation.ledger import Maker
-    from reid_dist.generation.model_folder import adapter_digest, find_model
+    from reid_dist.generation.model_folder import adapter_digest, adapter_rank, find_model
     from reid_dist.generation.stages import dialogues
     from reid_dist.storage import open_store
 
@@ -86,23 +87,39 @@ def prepare(options: ModelOptions, tables: Sequence[str]) -> Answering:
     }
     options = replace(options, root=open_store(options.root).uri, **folders)
     model = find_model(options.model, options.revision)
-    small = model.prompts == "tiny"
-    pixels = (0 if small else PIXELS) if options.pixels < 0 else options.pixels
-    engine = EngineConfig(
-        path=model.path, adapter=options.adapter, dtype=options.dtype, context=options.context or (512 if small else 4096),
-        tensor_parallel=options.tensor_parallel, pixels=pixels, parallel=options.parallel, seed=options.seed,
-        eager=small, stall_s=options.stall_s,
-    )  # fmt: skip
     adapter = adapter_digest(options.adapter, model) if options.adapter else ""
+    small = model.prompts == "tiny"
+    context = options.context or min(CONTEXT, model.context)
+    if context > model.context:
+        raise UserError(f"context={context}: {options.model} reads at most {model.context} tokens")
+    pixels = (0 if small else PIXELS) if options.pixels < 0 else options.pixels
+    # vLLM's "auto" makes bfloat16 of float32 weights, in which near-ties of the small model fall the other way.
+    dtype = "float32" if small and options.dtype == "auto" else options.dtype
+    engine = EngineConfig(
+        path=model.path, adapter=options.adapter, dtype=dtype, context=context,
+        tensor_parallel=options.tensor_parallel, pixels=pixels, parallel=options.parallel, seed=options.seed,
+        eager=small, one_process=small, stall_s=options.stall_s,
+        adapter_rank=adapter_rank(options.adapter) if options.adapter else 1,
+    )  # fmt: skip
     place = options.ledger or f"{options.root.rstrip('/')}/ledger/{'+'.join(tables)}"
     speak = dialogues(options.prompts or model.prompts, options.answers)
     maker = Maker(model.digest, adapter, engine.settings)
     return Answering(options, model, maker, speak, engine, open_store(place).uri)
 
 
-def make_job(answering: Answering, tables: Sequence[str], splits: Sequence[str], view: Any) -> Any:
-    """The stages over a view, on Ray; takes the ledger. Raises FencedOut."""
-    from reid_dist.generation.engine import Hosting, RayRunner
+def make_job(
+    answering: Answering,
+    tables: Sequence[str],
+    splits: Sequence[str],
+    view: Any,
+    connect: Callable[[], Any] = lambda: None,
+    take: bool = True,
+) -> Any:
+    """The stages over a view, on Ray, which `connect` reaches when something must be asked. `take`: as the ledger's writer.
+
+    Raises FencedOut.
+    """
+    from reid_dist.generation.hosting import Hosting, RayRunner
     from reid_dist.generation.ledger import Ledger
     from reid_dist.generation.stages import Answerer, InlineRunner, Job
     from reid_dist.storage import open_store
@@ -113,23 +130,17 @@ def make_job(answering: Answering, tables: Sequence[str], splits: Sequence[str],
         tables=tuple(tables), splits=tuple(splits), prompts=answering.speak.family, answers=options.answers,
         ledger=answering.ledger, attempt=0, stage="", version="", maker=answering.maker,
     )  # fmt: skip
-    gpus = 1.0 if _gpus() else 0.0
-    runner = RayRunner(hosting, options.engines_min, options.engines, 1.0, gpus)
+    runner = RayRunner(hosting, options.engines_min, options.engines, connect=connect)
     rules = InlineRunner(Answerer(answering.speak, _nobody, lambda row: view.encoded([row])[0]))
+    ledger = Ledger(open_store(answering.ledger))
     return Job(
-        Ledger(open_store(answering.ledger)).take(), answering.maker, answering.speak, runner, rules,
+        ledger.take() if take else ledger, answering.maker, answering.speak, runner, rules,
         options.retry_errors, options.shard, lambda progress: logger.info("%s", progress.line()),
     )  # fmt: skip
 
 
 async def _nobody(request: Any) -> Any:
     raise AssertionError("a rule asked a model")
-
-
-def _gpus() -> bool:
-    import ray
-
-    return bool(ray.cluster_resources().get("GPU", 0))
 
 
 def unique_images(view: Any) -> dict[str, int]:
@@ -142,14 +153,14 @@ def unique_images(view: Any) -> dict[str, int]:
     return found
 
 
-def store_rates(place: str, summaries: Mapping[str, Mapping[str, Any]], engines: int) -> None:
+def store_rates(place: str, summaries: Mapping[str, Mapping[str, Any]]) -> None:
     """Keep what was measured, for the plans of later jobs."""
     from reid_dist.storage import open_store
 
     for stage, done in summaries.items():
-        if done["calls"] and done["seconds"] > 0:
-            facts = {"calls_per_s": done["calls"] / done["seconds"] / engines, "calls": done["calls"]}
-            open_store(place).write(f"measured/{stage}.json", json.dumps(facts).encode())
+        if done["calls"] and done["working_seconds"] > 0:
+            rate = done["calls"] / done["working_seconds"] / done["workers"]
+            open_store(place).write(f"measured/{stage}.json", json.dumps({"calls_per_s": rate, **done}).encode())
 
 
 def measured_rate(place: str, stage: str) -> float | None:

@@ -6,7 +6,9 @@ killed asks only for what was not published (reid_dist/generation/ledger.py).
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import functools
+import json
 import math
 import time
 import warnings
@@ -14,16 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs._generation import (
-    Answering,
     ModelOptions,
     make_job,
-    measured_rate,
     prepare,
     refuse_other_source,
     store_rates,
     unique_images,
 )
-from jobs._job import refuse_unknown_flags, run_job, split_words
+from jobs._generation_plan import plan
+from jobs._job import record_in, refuse_unknown_flags, run_job, split_words
 from reid_dist.errors import UserError
 
 USAGE = """usage: python -m jobs.generate rda|masks|describe TABLE [TABLE ...] root=URI [key=value ...] [--plan]
@@ -34,17 +35,16 @@ USAGE = """usage: python -m jobs.generate rda|masks|describe TABLE [TABLE ...] r
   model=small    the built-in small model; or a folder, an s3:// prefix, OWNER/NAME of the hub; revision=, adapter=FOLDER
   engines=N      most engines (engines_min=1 at the start); tensor_parallel=, parallel=, dtype=, context=, pixels=
   max_words=60   of a merged caption (130 for 168-token models); grid=[16,8] of masks
-  rate=          calls per second and engine for --plan, where nothing was measured yet
+  rate=          calls per second and engine for --plan; otherwise what an earlier job of this ledger measured
   retry_errors=true   ask again about rows that ended in an error
-  --plan         count pictures, calls and tokens, estimate the time; nothing is started"""
+  --plan         count pictures, calls and tokens, estimate engine and GPU hours; nothing is started"""
 
-logger = logging.getLogger("reid_dist.jobs.generate")
-Written = tuple[dict[str, Any], dict[str, dict[str, list[str]]]]  # facts; per image digest what the page lists
+Shown = dict[str, dict[str, Any]]  # per image digest what the page shows: Sample's "lists" and "drawn"
+Written = tuple[dict[str, Any], Shown]  # facts for the record, and the page
 STAGES = {"rda": ("describe", "merge", "split", "paraphrase"), "masks": ("ground",), "describe": ("describe",)}
+MEANS = {"rda": "Enriched captions", "masks": "Part masks", "describe": "Descriptions"}
 SUFFIX = {"rda": "rda", "masks": "masks", "describe": "answers"}
-SMALL_TOKENS = 8  # of a picture, as the small model sees it
 SHOWN = 8  # pictures on the page
-SENTENCES = 6  # of a merged caption, for estimates: unique sentences are far fewer in a corpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,7 @@ def generate(kind: str, tables: tuple[str, ...], options: GenerateOptions, plan_
 
     from jobs._cluster import connect
     from reid_dist.data.store import open_view
+    from reid_dist.storage import open_store
 
     splits = () if options.split == "all" else (options.split,)
     view = open_view(options.data, tables, splits)
@@ -90,27 +91,25 @@ def generate(kind: str, tables: tuple[str, ...], options: GenerateOptions, plan_
     name = options.name or f"{'+'.join(tables)}-{SUFFIX[kind]}"
     source = answering.source(STAGES[kind])
     refuse_other_source(options.root, name, source)
+    job_of = functools.partial(make_job, answering, tables, splits, view)
     if plan_only:
-        return {
-            "plan": plan(kind, view, answering, options),
-            "name": name,
-            "ledger": answering.ledger,
-            "source": source,
-        }
+        stages = plan(STAGES[kind], job_of(take=False), view, answering, options.rate)
+        return {"name": name, "ledger": answering.ledger, "source": source, "plan": stages}
+    ledger = open_store(answering.ledger)
+    record_in(lambda record: ledger.write(f"records/{name}.json", json.dumps(record, default=str, indent=1).encode()))
     started = time.monotonic()
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
-    with connect(math.ceil(options.engines) + 1):
-        job = make_job(answering, tables, splits, view)
+    with contextlib.ExitStack() as ray_for_the_job:
+        # Only a job that has something to ask starts, or connects to, Ray.
+        job = job_of(lambda: ray_for_the_job.enter_context(connect(math.ceil(options.engines) + 1)))
         publish = {"rda": publish_groups, "masks": publish_masks, "describe": publish_answers}[kind]
-        written, lists = publish(job, view, options, name, source)
-    seconds = time.monotonic() - started
-    store_rates(answering.ledger, job.summaries, options.engines)
-    calls = sum(done["calls"] for done in job.summaries.values())
-    page = write_page(kind, job, view, name, source, lists)
+        written, shown = publish(job, view, options, name, source)
+    store_rates(answering.ledger, job.summaries)
+    page = write_page(kind, job, view, name, source, shown)
     return {
-        "kind": kind, "name": name, "source": source, "ledger": answering.ledger, **written, "calls": calls,
-        "calls_per_s": round(calls / seconds, 2), "seconds": round(seconds, 1), "stages": job.summaries,
-        "report": page,
+        "kind": kind, "name": name, "source": source, "ledger": answering.ledger, **written,
+        "calls": sum(done["calls"] for done in job.summaries.values()), "seconds": round(time.monotonic() - started, 1),
+        "stages": job.summaries, "report": page,
     }  # fmt: skip
 
 
@@ -130,16 +129,18 @@ def publish_groups(job: Any, view: Any, options: GenerateOptions, name: str, sou
     rows = [CaptionGroups(one.image, caption_digest(one.caption), one.groups) for one in found]
     version = write_caption_groups(options.root, name, rows, source)
     sentences = sum(len(one.groups) for one in found)
-    lists: dict[str, dict[str, list[str]]] = {}
+    shown: Shown = {}
     for one in found:
-        mine = lists.setdefault(one.image, {})
-        mine[f"Caption: {one.caption}"] = [one.merged, *(" | ".join(group) for group in one.groups)]
+        lists = shown.setdefault(one.image, {"lists": {"Answers": list(one.answers)}})["lists"]
+        number = sum(heading.startswith("Merged") for heading in lists) + 1
+        lists[f"Merged {number}"] = [one.merged]
+        lists[f"Groups {number}"] = [" | ".join(group) for group in one.groups]
     facts = {
         "version": version, "captions": len(found), "error_rows": len(lost),
         "sentences_per_caption": round(sentences / len(found), 2),
         "unique_sentences": job.summaries["paraphrase"]["known"] + job.summaries["paraphrase"]["units"],
     }  # fmt: skip
-    return facts, lists
+    return facts, shown
 
 
 def publish_masks(job: Any, view: Any, options: GenerateOptions, name: str, source: str) -> Written:
@@ -155,12 +156,33 @@ def publish_masks(job: Any, view: Any, options: GenerateOptions, name: str, sour
         patches = boxes_to_patches(boxes, options.grid)
         rows.append(MaskRow(image, patches.visible, boxes, patches.fallback))
     version = write_masks(options.root, name, rows, options.grid, source)
-    lists = {row.digest: {"Boxes": [f"{part}: {boxes}" for part, boxes in (row.boxes or {}).items()]} for row in rows}
+    shown = {row.digest: _boxes_and_patches(row, options.grid) for row in rows}
     facts = {
         "version": version, "images": len(rows), "error_rows": len(grounded) - len(usable),
         "with_fallback": sum(bool(row.fallback) for row in rows),
     }  # fmt: skip
-    return facts, lists
+    return facts, shown
+
+
+def _boxes_and_patches(row: Any, grid: tuple[int, int]) -> dict[str, Any]:
+    rows, columns = grid
+    patches = {
+        part: [
+            (n % columns / columns, n // columns / rows, (n % columns + 1) / columns, (n // columns + 1) / rows)
+            for n in visible.nonzero()[0].tolist()
+        ]
+        for part, visible in zip(row.boxes, row.visible, strict=True)
+    }
+    lists = {"Boxes: left, top, right, bottom in percent": [
+        f"{part}: {'; '.join(' '.join(f'{100 * value:.0f}' for value in box) for box in boxes) or 'none'}"
+        + (" (fixed band)" if part in row.fallback else "")
+        for part, boxes in row.boxes.items()
+    ]}  # fmt: skip
+    return {"lists": lists, "drawn": {"boxes": row.boxes, "patches": patches}}
+
+
+def _said(answers: list[str | None]) -> list[str]:
+    return [answer for answer in answers if answer]
 
 
 def publish_answers(job: Any, view: Any, options: GenerateOptions, name: str, source: str) -> Written:
@@ -181,11 +203,11 @@ def publish_answers(job: Any, view: Any, options: GenerateOptions, name: str, so
         }
     )
     version = write_side_table(options.root, name, table, ["image"], {"kind": "answers", "source": source})
-    lists = {image: {"Answers": [answer or "-" for answer in record.value]} for image, record in usable.items()}
-    return {"version": version, "images": len(usable), "error_rows": len(described) - len(usable)}, lists
+    shown = {image: {"lists": {"Answers": _said(record.value)}} for image, record in usable.items()}
+    return {"version": version, "images": len(usable), "error_rows": len(described) - len(usable)}, shown
 
 
-def write_page(kind: str, job: Any, view: Any, name: str, source: str, lists: dict[str, dict[str, list[str]]]) -> str:
+def write_page(kind: str, job: Any, view: Any, name: str, source: str, shown: Shown) -> str:
     """The job's page below its ledger; returns its place."""
     import shlex
     import sys
@@ -195,57 +217,25 @@ def write_page(kind: str, job: Any, view: Any, name: str, source: str, lists: di
     from reid_dist.reporting.generation import Reject, Sample, render_generation
 
     rows = unique_images(view)
-    shown = [image for image in rows if image in lists]
-    picked = [shown[i] for i in np.unique(np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).astype(int))]
+    some = [image for image in rows if image in shown]
+    picked = [some[i] for i in np.unique(np.linspace(0, len(some) - 1, min(SHOWN, len(some))).astype(int))]
     samples = []
     for image in picked:
         row = rows[image]
-        own = {"Original captions": list(view.captions[row])} | lists[image]
-        samples.append(Sample(view.encoded([row])[0], view.path(row), own))
+        lists = {"Original captions": list(view.captions[row])} | shown[image]["lists"]
+        samples.append(Sample(view.encoded([row])[0], view.path(row), lists, shown[image].get("drawn", {})))
     rejects = []
     for stage, record in job.rejects():
         said = record.facts["replies"][-1]["text"][:120] if record.facts["replies"] else ""
         rejects.append(Reject(stage, record.status, record.reason, said, record.key))
     page = render_generation(
-        f"Generated: {name}", f"{kind} of {len(rows)} pictures of {view.describe()}.", samples, rejects, job.summaries,
+        f"Generated: {name}", f"{MEANS[kind]} of {len(rows)} pictures of {view.describe()}.", samples, rejects, job.summaries,
         {"answers": source, "ledger": job.ledger.store.uri, **{t: str(v) for t, v in view.versions.items()}},
         shlex.join(["python", "-m", "jobs.generate", *sys.argv[1:]]),
         any("synthetic" in table.facts.notes for table in view.tables),
     )  # fmt: skip
     job.ledger.store.write(f"pages/{name}.html", page.encode())
     return f"{job.ledger.store.uri}/pages/{name}.html"
-
-
-def plan(kind: str, view: Any, answering: Answering, options: GenerateOptions) -> dict[str, Any]:
-    """Units, calls, tokens and engine-hours per stage: upper bounds where earlier stages decide."""
-    import numpy as np
-
-    from reid_dist.generation.image_budget import visual_tokens
-    from reid_dist.generation.ledger import Ledger
-    from reid_dist.storage import open_store
-
-    images, captions = len(unique_images(view)), sum(len(set(texts)) for texts in view.captions)
-    units = {"describe": images, "merge": captions, "split": captions, "paraphrase": captions * SENTENCES,
-             "ground": 3 * images}  # fmt: skip
-    pixels = answering.engine.pixels
-    middle = (int(np.median(view.height)), int(np.median(view.width)))
-    picture = visual_tokens(*middle, pixels=pixels) if pixels else SMALL_TOKENS
-    ledger = Ledger(open_store(answering.ledger))
-    stages: dict[str, Any] = {}
-    for stage in STAGES[kind]:
-        known = len(ledger.read(stage))
-        left = max(0, units[stage] - known)
-        calls = 0 if stage in answering.speak.rules else left * answering.speak.calls(stage)
-        prompt, answer = answering.speak.tokens(stage)
-        rate = options.rate or measured_rate(answering.ledger, stage)
-        hours = round(calls / rate / 3600, 3) if rate else None
-        stages[stage] = {
-            "units": units[stage], "in_ledger": known, "calls": calls,
-            "prompt_tokens": calls * (prompt + (picture if stage in ("describe", "ground") else 0)),
-            "completion_tokens": calls * answer, "engine_hours": hours,
-            "rate": rate, "rate_is": "given" if options.rate else "measured" if rate else "unknown: give rate=",
-        }  # fmt: skip
-    return {"pictures": images, "captions": captions, "engines": options.engines, "stages": stages}
 
 
 if __name__ == "__main__":

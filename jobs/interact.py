@@ -107,7 +107,7 @@ def interact(run: str, options: InteractOptions, overrides: list[str], flags: se
     with connect(math.ceil(options.engines) + 1):
         job = make_job(answering, tables, (), whole)
         record = refine(encoded, job, policy, options.max_words)
-    store_rates(answering.ledger, job.summaries, options.engines)
+    store_rates(answering.ledger, job.summaries)
     stages = ("search", "describe", "merge")
     record |= facts | {
         "run": run, "source": answering.source(stages), "ledger": answering.ledger, "stages": job.summaries,

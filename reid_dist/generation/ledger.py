@@ -21,7 +21,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,12 +170,16 @@ class Ledger:
         end = ".manifest.json"
         return [e.key[: -len(end)] for e in self.store.list(f"{check_name(stage, 'stage')}/") if e.key.endswith(end)]
 
-    def read(self, stage: str) -> dict[str, Record]:
-        """All records of a stage by key. Raises CorruptionError for a shard that is not what its manifest says."""
+    def read(self, stage: str, keys: Container[str] | None = None) -> dict[str, Record]:
+        """Records of a stage by key, all or those of `keys`. Raises CorruptionError for a shard that is not what its
+        manifest says.
+        """
         found: dict[str, Record] = {}
         with ThreadPoolExecutor(max_workers=READERS) as pool:
             for records in pool.map(self._read_shard, self.shards(stage)):
                 for record in records:
+                    if keys is not None and record.key not in keys:
+                        continue
                     before = found.get(record.key)
                     if before is None or (record.usable and not before.usable):
                         found[record.key] = record

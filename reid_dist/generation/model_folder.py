@@ -19,6 +19,7 @@ SMALL = Path(__file__).parent / "tiny" / "weights"
 BUILT_IN = "small"  # the project's own small model
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 CONTENT = (".safetensors", ".json", ".jinja", ".txt", ".model")
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 IGNORED = ("recipe.json", "README.md")
 
 
@@ -29,6 +30,7 @@ class ModelFolder:
     path: str
     digest: str
     prompts: str  # the prompt family that fits
+    context: int = 1 << 20  # most tokens that it reads
 
 
 def find_model(name: str, revision: str = "", expected: str = "") -> ModelFolder:
@@ -51,7 +53,9 @@ def find_model(name: str, revision: str = "", expected: str = "") -> ModelFolder
             f"{name} has other content on node {socket.gethostname()} ({content[:12]}) than where the job was started "
             f"({expected[:12]}): give an s3:// prefix or a revision, which are the same everywhere"
         )
-    return ModelFolder(str(folder), content, _family(config, folder, name))
+    positions = config.get("text_config", config).get("max_position_embeddings")
+    context = {"context": int(positions)} if positions else {}
+    return ModelFolder(str(folder), content, _family(config, folder, name), **context)
 
 
 def content_digest(folder: Path) -> str:
@@ -133,6 +137,18 @@ def adapter_digest(adapter: str, model: ModelFolder) -> str:
                 + ": the adapter was tuned on another base model"
             )
     return digest([[path.name, file_sha256(path)] for path in files])
+
+
+def adapter_rank(adapter: str) -> int:
+    """The least rank that vLLM can be told to make room for and that holds the adapter's. Raises UserError."""
+    try:
+        rank = int(json.loads((Path(adapter) / "adapter_config.json").read_text())["r"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"adapter={adapter}: adapter_config.json does not say its rank (r)") from None
+    room = next((one for one in RANKS if one >= rank), 0)
+    if not room:
+        raise UserError(f"adapter={adapter}: rank {rank}; vLLM serves up to {RANKS[-1]}: merge it into the base model")
+    return room
 
 
 def _tail(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -97,6 +98,16 @@ class Outline:
         return cls(record.status, record.reason, len(replies), *sums)
 
 
+@dataclass(frozen=True, slots=True)
+class ShardDone:
+    """A published shard, as its worker reports it. Times are of the worker's clock, the start of its engine left out."""
+
+    outlines: list[Outline]
+    worker: str
+    began: float
+    ended: float
+
+
 @dataclass
 class Breaker:
     """Trips when more than `share` of the last `window` records of a stage were not "ok"."""
@@ -104,23 +115,26 @@ class Breaker:
     share: float = 0.05
     window: int = 1000
     _last: deque[bool] = field(default_factory=deque)
+    _reason: str = ""  # of the last one that was not
 
     def note(self, stage: str, status: str, reason: str) -> None:
         """One more record. Raises TooManyRejects."""
         self._last.append(status != "ok")
+        if status != "ok":
+            self._reason = reason or status
         if len(self._last) > self.window:
             self._last.popleft()
         bad = sum(self._last)
         if len(self._last) == self.window and bad > self.share * self.window:
             raise TooManyRejects(
-                f"stage {stage}: {bad} of the last {self.window} answers were not acceptable (last: {reason or status}); "
+                f"stage {stage}: {bad} of the last {self.window} answers were not acceptable (last: {self._reason}); "
                 f"more than {self.share:.0%} stops the job. Look at the rejects in the ledger, then mend prompt or model"
             )
 
 
 @dataclass
 class Progress:
-    """What happened in a stage so far."""
+    """What happened in a stage so far. Rates count from the first request on: loading a model is no work."""
 
     stage: str
     todo: int
@@ -131,31 +145,43 @@ class Progress:
     completion_tokens: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
+    workers: set[str] = field(default_factory=set)
+    began: float = math.inf
+    ended: float = -math.inf
 
-    def note(self, outline: Outline) -> None:
-        """Count one record."""
-        self.done += 1
-        self.statuses[outline.status] += 1
-        if outline.status != "ok":
-            self.reasons[outline.reason.split(":")[0][:60]] += 1
-        self.calls += outline.calls
-        self.prompt_tokens += outline.prompt_tokens
-        self.completion_tokens += outline.completion_tokens
+    def note(self, shard: ShardDone) -> None:
+        """Count one shard."""
+        for outline in shard.outlines:
+            self.done += 1
+            self.statuses[outline.status] += 1
+            if outline.status != "ok":
+                self.reasons[outline.reason.split(":")[0][:60]] += 1
+            self.calls += outline.calls
+            self.prompt_tokens += outline.prompt_tokens
+            self.completion_tokens += outline.completion_tokens
+        self.workers.add(shard.worker)
+        self.began, self.ended = min(self.began, shard.began), max(self.ended, shard.ended)
+
+    @property
+    def working(self) -> float:
+        """Seconds from the first request to the last answer."""
+        return max(self.ended - self.began, 1e-3) if self.done else 0.0
 
     @property
     def rate(self) -> float:
         """Units per second."""
-        return self.done / max(1e-9, time.monotonic() - self.started)
+        return self.done / self.working if self.done else 0.0
 
     def line(self) -> str:
         """One line of progress with rate and time left."""
-        left = (self.todo - self.done) / max(self.rate, 1e-9)
-        return f"{self.stage}: {self.done}/{self.todo} rows, {self.rate:.1f} rows/s, {left:.0f} s left"
+        left = f"{(self.todo - self.done) / self.rate:.0f} s left" if self.rate else "time left unknown"
+        return f"{self.stage}: {self.done}/{self.todo} rows, {self.rate:.1f} rows/s, {left}"
 
     def summary(self) -> dict[str, Any]:
         """For the job's record."""
         return {
             "units": self.todo, "calls": self.calls, "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens, "statuses": dict(self.statuses), "rejects": dict(self.reasons),
-            "seconds": round(time.monotonic() - self.started, 2),
+            "seconds": round(time.monotonic() - self.started, 2), "working_seconds": round(self.working, 3),
+            "workers": len(self.workers),
         }  # fmt: skip

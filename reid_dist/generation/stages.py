@@ -8,7 +8,7 @@ so captions of one image share its description; paraphrases by the sentence alon
 from __future__ import annotations
 
 import asyncio
-import io
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,13 +17,15 @@ from reid_dist.generation.dialogues import Dialogues, ModelDialogues, observatio
 from reid_dist.generation.image_budget import FACTOR, seen_size
 from reid_dist.generation.interaction import Policy, find_anchor
 from reid_dist.generation.ledger import Ledger, Maker, Record, Unit
-from reid_dist.generation.messages import Ask, BadInput, Outcome, Reply
+from reid_dist.generation.messages import Ask, Outcome, Reply
 from reid_dist.generation.parsing import normalised
+from reid_dist.generation.picture import open_picture
 from reid_dist.generation.prompts import family
 from reid_dist.generation.shards import (
     Breaker,
     Outline,
     Progress,
+    ShardDone,
     Stage,
     cut_shards,
     missing_units,
@@ -103,21 +105,15 @@ class Answerer:
 
 def seen_picture(image: bytes, pixels: int) -> tuple[int, int]:
     """(height, width) of a picture as the model sees it. Raises BadInput when it cannot be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(image)) as opened:
-            width, height = opened.size
-        return seen_size(height, width, FACTOR, pixels, pixels) if pixels else (height, width)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"the image cannot be decoded: {' '.join(str(error).split())[:200]}") from None
+    width, height = open_picture(image).size
+    return seen_size(height, width, FACTOR, pixels, pixels) if pixels else (height, width)
 
 
 class Runner(Protocol):
     """Where shards are worked on: Ray (engine.py), or this process for rules and tests."""
 
-    def run(self, ledger: Ledger, stage: Stage, shards: Sequence[list[Unit]]) -> Iterator[list[Outline]]:
-        """Work on and publish all shards; yields each one's outline as it is done."""
+    def run(self, ledger: Ledger, stage: Stage, shards: Sequence[list[Unit]]) -> Iterator[ShardDone]:
+        """Work on and publish all shards; yields each one's report as it is done."""
         ...
 
 
@@ -128,13 +124,14 @@ class InlineRunner:
     answerer: Answerer
     parallel: int = 64
 
-    def run(self, ledger: Ledger, stage: Stage, shards: Sequence[list[Unit]]) -> Iterator[list[Outline]]:
+    def run(self, ledger: Ledger, stage: Stage, shards: Sequence[list[Unit]]) -> Iterator[ShardDone]:
         """As Runner says."""
         for shard in shards:
+            began = time.time()
             records = asyncio.run(
                 work_shard(ledger, stage, shard, lambda unit: self.answerer(stage.name, unit), self.parallel)
             )
-            yield [Outline.of(record) for record in records]
+            yield ShardDone([Outline.of(record) for record in records], "here", began, time.time())
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +161,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.summaries: dict[str, dict[str, Any]] = {}
+        self._rejected: dict[str, list[Record]] = {}
 
     def unit(self, stage: str, inputs: Mapping[str, Any], payload: Mapping[str, Any]) -> Unit:
         """A unit with its content key. Rules depend on no model, so their keys name none."""
@@ -173,34 +171,44 @@ class Job:
     def answer(self, stage: str, units: Iterable[Unit]) -> dict[str, Record]:
         """All records of these units; only those that are missing are asked for. Raises RunError."""
         unique = {unit.key: unit for unit in units}
-        known = self.ledger.read(stage)
+        known = self.ledger.read(stage, unique)
         missing = missing_units(unique.values(), known, self.retry_errors)
         progress, breaker = Progress(stage, len(missing)), Breaker()
         if missing:
             runner = self.rules if stage in self.speak.rules else self.runner
             described = Stage(stage, self.speak.versions[stage], self.maker)
-            for outlines in runner.run(self.ledger, described, cut_shards(missing, self.shard)):
-                for outline in outlines:
-                    progress.note(outline)
-                    breaker.note(stage, outline.status, outline.reason)
+            for done in runner.run(self.ledger, described, cut_shards(missing, self.shard)):
+                progress.note(done)
                 self.note(progress)
-            known = self.ledger.read(stage)
+                for outline in done.outlines:
+                    breaker.note(stage, outline.status, outline.reason)
+            known = self.ledger.read(stage, unique)
         self.summaries[stage] = {"known": len(unique) - len(missing), **progress.summary()}
+        self._rejected[stage] = [known[key] for key in sorted(unique) if known[key].status != "ok"]
         return {key: known[key] for key in unique}
 
     def rejects(self, most: int = 50) -> list[tuple[str, Record]]:
         """(stage, record) of what was not accepted in the stages of this job, the first `most` by key."""
-        found = []
-        for stage in self.summaries:
-            records = self.ledger.read(stage).values()
-            found += [(stage, record) for record in sorted(records, key=lambda r: r.key) if record.status != "ok"]
-        return found[:most]
+        return [(stage, record) for stage, records in self._rejected.items() for record in records][:most]
+
+    def image_units(self, stage: str, images: Mapping[str, int]) -> dict[Any, Unit]:
+        """The units of a stage that asks about pictures alone: by digest, or by (digest, part) where it asks about parts.
+
+        images: digest -> row.
+        """
+        if stage == "describe":
+            return {d: self.unit(stage, {"image": d}, {"row": row}) for d, row in images.items()}
+        return {
+            (d, part): self.unit(stage, {"image": d, "part": part}, {"row": row, "part": part})
+            for d, row in images.items()
+            for part in PARTS
+        }
 
     # ---- stages
 
     def describe(self, images: Mapping[str, int]) -> dict[str, Record]:
         """Answers by image digest. images: digest -> row."""
-        units = {d: self.unit("describe", {"image": d}, {"row": row}) for d, row in images.items()}
+        units = self.image_units("describe", images)
         records = self.answer("describe", units.values())
         return {d: records[unit.key] for d, unit in units.items()}
 
@@ -222,15 +230,11 @@ class Job:
 
     def ground(self, images: Mapping[str, int]) -> dict[str, dict[str, Record]]:
         """Boxes by image digest and part."""
-        units = {
-            (d, part): self.unit("ground", {"image": d, "part": part}, {"row": row, "part": part})
-            for d, row in images.items()
-            for part in PARTS
-        }
+        units = self.image_units("ground", images)
         records = self.answer("ground", units.values())
         found: dict[str, dict[str, Record]] = {}
-        for (d, part), unit in units.items():
-            found.setdefault(d, {})[part] = records[unit.key]
+        for unit in units.values():
+            found.setdefault(unit.inputs["image"], {})[unit.inputs["part"]] = records[unit.key]
         return found
 
     def merge(self, pairs: Sequence[tuple[str, Sequence[str]]], max_words: int) -> list[Record]:
@@ -265,6 +269,7 @@ class Enriched:
 
     image: str  # digest
     caption: str
+    answers: tuple[str, ...]  # about the picture
     merged: str
     groups: tuple[tuple[str, ...], ...]
 
@@ -282,9 +287,9 @@ def enrich(
     pieces = [list(record.value) for record in job.split(texts)]
     worded = job.paraphrase(sentence for sentences in pieces for sentence in sentences)
     result = []
-    for (image, caption), text, sentences in zip(pairs, texts, pieces, strict=True):
+    for (image, _), (caption, answers), text, sentences in zip(pairs, told, texts, pieces, strict=True):
         groups = [tuple(_group(sentence, worded[normalised(sentence)])) for sentence in sentences]
-        result.append(Enriched(image, caption, text, tuple(groups) or ((caption,),)))
+        result.append(Enriched(image, caption, tuple(answers), text, tuple(groups) or ((caption,),)))
     return result, lost
 
 

@@ -1,4 +1,4 @@
-"""An engine that is watched: a request that takes too long means a stalled engine, which is restarted, and asked again.
+"""An engine that is watched: when it answers nobody for too long it is stalled, is restarted, and is asked again.
 
 Engines are started once per worker and closed in order. `ScriptedEngine`s of the tests and vLLM (engine.py) look alike.
 """
@@ -6,7 +6,9 @@ Engines are started once per worker and closed in order. `ScriptedEngine`s of th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -41,29 +43,57 @@ class Engine(Protocol):
 class Supervised:
     """`Ask` over an engine made by `make`; at most `restarts` restarts in its life.
 
-    `stall_s`: seconds that a request may take before the engine counts as stalled. Requests under way while it is
-    restarted fail and are asked again by themselves.
+    `stall_s`: seconds in which nobody got an answer, after which the engine counts as stalled; it is restarted, and what
+    was under way is asked again. `queue`: most requests inside the engine at a time (0: no bound); the others wait here,
+    which is no sign of a stall.
     """
 
-    def __init__(self, make: Callable[[], Engine], stall_s: float, restarts: int = 3) -> None:
+    def __init__(self, make: Callable[[], Engine], stall_s: float, restarts: int = 3, queue: int = 0) -> None:
         self._make, self._stall_s, self._left = make, stall_s, restarts
+        self._room = asyncio.Semaphore(queue) if queue else contextlib.nullcontext()
         self._engine: Engine | None = None
         self._number = 0  # of the engine; a request that failed on an older one does not restart the newer
         self._lock = asyncio.Lock()
         self._dead = ""  # why no engine is started any more
+        self._gone: asyncio.Future[None]  # done when this engine was ended: nobody waits for it any more
+        self._sign = 0.0  # when somebody last got an answer
         self.restarted = 0
 
+    async def ready(self) -> None:
+        """Start the engine if there is none. Raises UserError, EngineDied."""
+        await self._current()
+
     async def __call__(self, request: Request) -> Reply:
-        """Raises BadInput, EngineDied."""
-        while True:
-            engine, number = await self._current()
-            try:
-                return await asyncio.wait_for(engine.generate(request), self._stall_s)
-            except BadInput:
-                raise
-            except Exception as error:
-                cause = "no answer in time" if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}"
-                await self._restart(number, cause)
+        """Raises BadInput, UserError, EngineDied."""
+        async with self._room:
+            while True:
+                engine, number = await self._current()
+                try:
+                    return await self._answer(engine, request, self._gone)
+                except BadInput:
+                    raise
+                except Exception as error:
+                    stalled = isinstance(error, TimeoutError)
+                    cause = f"no answer in {self._stall_s:.0f} s" if stalled else f"{type(error).__name__}: {error}"
+                    await self._restart(number, cause)
+
+    async def _answer(self, engine: Engine, request: Request, gone: asyncio.Future[None]) -> Reply:
+        """Raises TimeoutError when nobody got an answer for too long, EngineDied when the engine was ended meanwhile, and
+        what the engine raises.
+        """
+        asking, began = asyncio.ensure_future(engine.generate(request)), time.monotonic()
+        try:
+            while (left := max(began, self._sign) + self._stall_s - time.monotonic()) > 0:
+                done, _ = await asyncio.wait({asking, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if asking in done:
+                    reply = asking.result()
+                    self._sign = time.monotonic()
+                    return reply
+                if gone in done:
+                    raise EngineDied("the engine was ended while it was asked")
+            raise TimeoutError
+        finally:
+            asking.cancel()
 
     async def _current(self) -> tuple[Engine, int]:
         async with self._lock:
@@ -71,6 +101,7 @@ class Supervised:
                 raise EngineDied(self._dead)
             if self._engine is None:
                 self._engine = await self._started()
+                self._gone = asyncio.get_running_loop().create_future()
                 self._number += 1
             return self._engine, self._number
 
@@ -94,6 +125,7 @@ class Supervised:
             if number != self._number or self._engine is None:
                 return  # another request has seen to it
             engine, self._engine = self._engine, None
+            self._gone.set_result(None)
             await _closed(engine)
             if self._left == 0:
                 self._dead = f"the engine was restarted {self.restarted} times and failed again: {cause}"[:500]
@@ -107,6 +139,7 @@ class Supervised:
         async with self._lock:
             engine, self._engine = self._engine, None
             if engine is not None:
+                self._gone.set_result(None)
                 await _closed(engine)
 
     def drop(self) -> None:

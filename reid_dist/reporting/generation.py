@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup
@@ -12,14 +12,20 @@ from reid_dist.reporting.figures import data_uri
 from reid_dist.reporting.page import ReportInput, Section, render_sections
 from reid_dist.reporting.tables import table
 
+Rectangle = tuple[float, float, float, float]  # left, top, right, bottom in fractions of the picture
+COLOURS = 6  # of the page (--c0 to --c5)
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture. `lists`: {heading: lines}, for example captions, answers, groups; texts are escaped."""
+    """One picture. `lists`: {heading: lines}, for example captions, answers, groups; texts are escaped. `drawn`: {label:
+    {part: rectangles}}, each the picture once more with the rectangles of its parts on it.
+    """
 
     image: bytes
     label: str
     lists: Mapping[str, Sequence[str]]
+    drawn: Mapping[str, Mapping[str, Sequence[Rectangle]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,27 +69,50 @@ def render_generation(
 def _stages(stages: Mapping[str, Mapping[str, Any]]) -> Markup:
     rows = []
     for name, done in stages.items():
-        seconds = float(done["seconds"])
-        rate = f"{done['units'] / seconds:.1f}" if done["units"] and seconds else ""
+        working = float(done["working_seconds"])
+        rates = [f"{done[name] / working:.1f}" if done[name] and working else "" for name in ("units", "calls")]
         outcome = ", ".join(f"{count} {status}" for status, count in done["statuses"].items())
         tokens = f"{done['prompt_tokens']} / {done['completion_tokens']}"
-        rows.append([name, done["known"], done["units"], done["calls"], tokens, f"{seconds:.1f}", rate, outcome])
-    header = ["Stage", "In the ledger", "Worked on", "Calls", "Tokens in / out", "Seconds", "Rows/s", "Outcome"]
+        times = [f"{done['seconds']:.1f}", f"{working:.1f}"] if done["units"] else ["", ""]
+        rows.append([name, done["known"], done["units"], done["calls"], tokens, *times, *rates, outcome])
+    header = [
+        "Stage", "In the ledger", "Worked on", "Calls", "Tokens in / out", "Seconds", "of them at work", "Rows/s", "Calls/s",
+        "Outcome",
+    ]  # fmt: skip
     return table(header, rows)
 
 
 def _sample(sample: Sample) -> Markup:
     lists = Markup("").join(
-        Markup("<p>{}</p><ul>{}</ul>").format(
+        Markup("<div><b>{}</b><ul>{}</ul></div>").format(
             heading, Markup("").join(Markup("<li>{}</li>").format(line) for line in lines)
         )
         for heading, lines in sample.lists.items()
         if lines
     )
-    picture = Markup("<figure><img src='{}' alt='{}'><figcaption>{}</figcaption></figure>").format(
-        data_uri(sample.image), sample.label, sample.label
+    pictures = [_picture(sample.image, sample.label, Markup(""))]
+    pictures += [_picture(sample.image, label, _rectangles(parts)) for label, parts in sample.drawn.items()]
+    return Markup("<div class=sample><div class=pictures>{}</div><div class=told>{}</div></div>").format(
+        Markup("").join(pictures), lists
     )
-    return Markup("<div class=strip><div class=pictures>{}</div>{}</div>").format(picture, lists)
+
+
+def _picture(image: bytes, label: str, over: Markup) -> Markup:
+    return Markup(
+        "<figure><div class=under><img src='{}' alt='{}'>{}</div><figcaption>{}</figcaption></figure>"
+    ).format(data_uri(image), label, over, label)
+
+
+def _rectangles(parts: Mapping[str, Sequence[Rectangle]]) -> Markup:
+    """An SVG over the whole picture; every part in a colour of its own, named when pointed at."""
+    drawn = [
+        Markup("<rect class=c{} x={:.4f} y={:.4f} width={:.4f} height={:.4f}><title>{}</title></rect>").format(
+            number % COLOURS, box[0], box[1], box[2] - box[0], box[3] - box[1], part
+        )
+        for number, (part, boxes) in enumerate(parts.items())
+        for box in boxes
+    ]
+    return Markup("<svg viewBox='0 0 1 1' preserveAspectRatio=none>{}</svg>").format(Markup("").join(drawn))
 
 
 def _rejects(rejects: Sequence[Reject]) -> Markup:

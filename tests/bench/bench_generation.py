@@ -1,6 +1,7 @@
 """Generation: what our pipeline costs over vLLM alone, the small model's recipe, and what interaction brings.
 
 python -m tests.bench.bench_generation                the same requests to vLLM directly and through jobs.generate, start left out
+python -m tests.bench.bench_generation grounding      part masks from the small model's boxes against the exact ones
 python -m tests.bench.bench_generation small          train the small model anew; prints its curve (some 15 minutes on one core)
 python -m tests.bench.bench_generation interaction    CoMoE on the synthetic world, 3 seeds: before and after interaction with the
                                                       small model, and with the attribute oracle as upper bound (some 20 minutes)
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,14 +27,19 @@ from reid_dist.data.store import open_view
 from reid_dist.data.synthetic import World, world_for
 from reid_dist.data.synthetic.identity import ATTRIBUTES, Attributes
 from reid_dist.data.synthetic.oracle import shows
+from reid_dist.data.synthetic.render import Drawing
 from reid_dist.data.synthetic.shots import text_shots
-from reid_dist.generation.engine import EngineConfig, VllmEngine
 from reid_dist.generation.ledger import Ledger, Maker
 from reid_dist.generation.messages import Request, Sampling
 from reid_dist.generation.model_folder import find_model
+from reid_dist.generation.picture import open_picture
 from reid_dist.generation.stages import Answerer, InlineRunner, Job, dialogues
 from reid_dist.generation.supervise import Supervised
-from reid_dist.generation.tiny.questions import MATCH, attribute_answer, attribute_question
+from reid_dist.generation.tiny.questions import MATCH, attribute_answer, attribute_question, part_boxes
+from reid_dist.generation.tiny.samples import GROUPS
+from reid_dist.methods.muva.boxes import boxes_to_patches
+from reid_dist.methods.muva.exact import exact_masks
+from reid_dist.methods.muva.masks import open_masks
 from reid_dist.storage import open_store
 from tests.scripted import ScriptedEngine
 from tests.worlds import small_table
@@ -48,36 +56,128 @@ def run_job(*words: str) -> dict[str, Any]:
     return record
 
 
-def direct_rate(requests: list[Request], parallel: int) -> float:
-    """Requests per second of vLLM in one process, all given at once, after a warm-up of as many others."""
+def direct_rates(requests: list[Request], parallel: int, repeats: int) -> dict[str, list[float]]:
+    """Requests per second of vLLM in one process, by its two interfaces, after a warm-up; all are given at once.
 
-    async def ask() -> float:
-        engine = VllmEngine(EngineConfig(path=find_model("small").path, context=512, eager=True, parallel=parallel))
-        await engine.start()
-        await asyncio.gather(*(engine.generate(request) for request in requests[:64]))
-        start = time.perf_counter()
-        await asyncio.gather(*(engine.generate(request) for request in requests))
-        seconds = time.perf_counter() - start
-        await engine.close()
-        return len(requests) / seconds
+    Pictures are decoded once each, and the time for that counts; prompts are rendered beforehand.
+    """
+    from vllm import LLM, SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
 
-    return asyncio.run(ask())
+    served: dict[str, Any] = {
+        "model": find_model("small").path, "dtype": "float32", "max_model_len": 512, "enforce_eager": True,
+        "max_num_seqs": parallel, "limit_mm_per_prompt": {"image": 1, "video": 0}, "seed": 0, "mm_processor_cache_gb": 1.0,
+    }  # fmt: skip
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    sampling = SamplingParams(temperature=0.0, max_tokens=1)
+
+    def prompts(tokenizer: Any) -> list[str]:
+        return [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": request.text}]}],
+                tokenize=False, add_generation_prompt=True,
+            )
+            for request in requests
+        ]  # fmt: skip
+
+    def inputs(texts: list[str]) -> list[dict[str, Any]]:
+        open_picture.cache_clear()
+        return [
+            {"prompt": text, "multi_modal_data": {"image": open_picture(request.image)}}
+            for text, request in zip(texts, requests, strict=True)
+        ]
+
+    def offline() -> list[float]:
+        model = LLM(**served)
+        texts, rates = prompts(model.get_tokenizer()), []
+        model.generate(inputs(texts)[:64], sampling, use_tqdm=False)
+        for _ in range(repeats):
+            model.reset_mm_cache()
+            start = time.perf_counter()
+            model.generate(inputs(texts), sampling, use_tqdm=False)
+            rates.append(len(requests) / (time.perf_counter() - start))
+        model.llm_engine.engine_core.shutdown()
+        return rates
+
+    async def online() -> list[float]:
+        model = AsyncLLM.from_engine_args(AsyncEngineArgs(**served, disable_log_stats=True, enable_log_requests=False))
+        texts, rates = prompts(model.get_tokenizer()), []
+
+        async def one(number: int, prompt: Any) -> None:
+            async for _ in model.generate(prompt, sampling, f"{time.perf_counter_ns()}-{number}"):
+                pass
+
+        await asyncio.gather(*(one(n, prompt) for n, prompt in enumerate(inputs(texts)[:64])))
+        for _ in range(repeats):
+            await model.reset_mm_cache()
+            start = time.perf_counter()
+            await asyncio.gather(*(one(n, prompt) for n, prompt in enumerate(inputs(texts))))
+            rates.append(len(requests) / (time.perf_counter() - start))
+        model.shutdown()
+        return rates
+
+    return {"LLM.generate": offline(), "AsyncLLM": asyncio.run(online())}
 
 
-def overhead(root: Path, people: int = 60, parallel: int = 64) -> None:
-    """Direct and through the job, in the same run."""
+def overhead(root: Path, people: int = 60, parallel: int = 64, repeats: int = 3) -> None:
+    """Direct and through the job, in the same run; the start of engines and of Ray left out."""
     small_table(root, TABLE, num_train=people, images_per_id=4)
     view = open_view(DataConfig(root=str(root)), (TABLE,), ("train",))
     images = view.encoded(np.arange(len(view)))
     requests = [Request(attribute_question(name), Sampling(1), image) for image in images for name in ATTRIBUTES]
-    plain = direct_rate(requests, parallel)
-    record = run_job("jobs.generate", "describe", TABLE, f"root={root}", f"parallel={parallel}")
-    records = Ledger(open_store(record["ledger"])).read("describe").values()
-    ends = [one.facts["created"] for one in records]
-    starts = [one.facts["created"] - max(r["seconds"] for r in one.facts["replies"]) for one in records]
-    calls = sum(len(one.facts["replies"]) for one in records)
-    ours = calls / (max(ends) - min(starts))
-    print(f"{calls} requests: vLLM alone {plain:.0f}/s, through the job {ours:.0f}/s, ratio {ours / plain:.3f}")
+    jobs = []
+    for number in range(repeats):
+        words = (
+            "describe",
+            TABLE,
+            f"root={root}",
+            f"parallel={parallel}",
+            "shard=32",
+            f"ledger={root}/ledger-{number}",
+        )
+        done = run_job("jobs.generate", *words)["stages"]["describe"]
+        jobs.append(done["calls"] / done["working_seconds"])
+    direct = direct_rates(requests, parallel, repeats)
+    for name, rates in {**direct, "through the job": jobs}.items():
+        print(f"{name}: {', '.join(f'{rate:.0f}' for rate in rates)} requests/s, {len(requests)} each time")
+    best = max(statistics.median(rates) for rates in direct.values())
+    print(f"the job's median against the faster of the two: {statistics.median(jobs) / best:.3f}")
+
+
+def grounding(root: Path, people: int = 60) -> None:
+    """IoU of part masks with the exact ones, mean over pictures: the small model's boxes through the job, the true boxes,
+    and the fixed bands that stand in where there is no box.
+    """
+    options = {"num_train": people, "num_val": 0, "num_test": 6, "images_per_id": 2}
+    small_table(root, TABLE, **options)
+    record = run_job("jobs.generate", "masks", TABLE, f"root={root}")
+    view = open_view(DataConfig(root=str(root)), (TABLE,), ("train",))
+    rows, grid, parts = np.arange(len(view)), (16, 8), ("head", "upper", "legs")
+    world = world_for("cuhk-pedes", **options)
+    exact_by = {row.digest: row.visible for row in exact_masks(world, "cuhk-pedes", grid)}
+    exact = np.stack([exact_by[digest] for digest in view.digests(rows)])
+    drawn = {sample.image: drawing for sample, drawing in map(world.sample, text_shots(world))}
+    boxes = [true_boxes(drawn[image]) for image in view.encoded(rows)]
+    made = {
+        "small model": open_masks(DataConfig(root=str(root)), (record["name"],), view, grid, parts).visible(rows),
+        "true boxes": np.stack([boxes_to_patches(one, grid).visible for one in boxes]),
+        "fixed bands": np.broadcast_to(boxes_to_patches({}, grid).visible, exact.shape),
+    }
+    print(f"{len(rows)} pictures, {record['with_fallback']} with a part that took its band")
+    for name, visible in made.items():
+        both, either = (visible & exact).sum(axis=2), (visible | exact).sum(axis=2)
+        iou = both / np.maximum(either, 1)
+        print(
+            f"{name}: IoU {iou[either > 0].mean():.3f}; "
+            + ", ".join(f"{p} {v:.3f}" for p, v in zip(parts, iou.mean(axis=0), strict=True))
+        )
+
+
+def true_boxes(drawing: Drawing) -> dict[str, list[tuple[float, float, float, float]]]:
+    """The box around each part's pixels."""
+    areas = [drawing.parts(list(group)).sum(axis=0) for group in GROUPS]
+    return {part: [box] if box else [] for part, box in part_boxes(np.stack(areas)).items()}
 
 
 def small_model(folder: Path) -> None:
@@ -151,4 +251,6 @@ def interaction(root: Path, seeds: int = 3, threshold: float = 0.6) -> None:
 if __name__ == "__main__":
     part = sys.argv[1] if len(sys.argv) > 1 else "overhead"
     with tempfile.TemporaryDirectory() as folder:
-        {"overhead": overhead, "small": small_model, "interaction": interaction}[part](Path(folder))
+        {"overhead": overhead, "grounding": grounding, "small": small_model, "interaction": interaction}[part](
+            Path(folder)
+        )

@@ -10,16 +10,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from reid_dist.generation.guard import children, start_time, watch
+import pytest
+
+from reid_dist.generation.guard import Guard, children, start_time, watch
 
 ROOT = Path(__file__).resolve().parents[2]
 PARENT = """
 import subprocess, sys, time
-from reid_dist.generation.guard import guard
-child = subprocess.Popen(["sleep", "60"])
-other = subprocess.Popen(["sleep", "60"])
-watcher = guard([child.pid])
-print(child.pid, other.pid, watcher.pid, flush=True)
+from reid_dist.generation.guard import Guard
+earlier = subprocess.Popen(["sleep", "60"])
+guard = Guard()
+child = subprocess.Popen(["sh", "-c", "sleep 60 & wait"])
+time.sleep(1.2)
+if sys.argv[1] == "settled":
+    guard.settle()
+later = subprocess.Popen(["sleep", "60"]) if sys.argv[1] == "settled" else earlier
+print(child.pid, guard.process.pid, earlier.pid, later.pid, flush=True)
 time.sleep(60)
 """
 
@@ -31,31 +37,43 @@ def until(condition: Callable[[], bool], seconds: float = 10) -> bool:
     return condition()
 
 
-def test_children_do_not_outlive_a_killed_parent() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+@pytest.mark.parametrize("when", ["loading", "settled"])
+def test_children_do_not_outlive_a_killed_parent(when: str) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, when], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert parent.stdout is not None
-    child, other, watcher = (int(word) for word in parent.stdout.readline().split())
+    child, guard, *others = (int(word) for word in parent.stdout.readline().split())
+    grandchild = next(iter(children(child)))
     try:
-        assert {child, other, watcher} <= children(parent.pid)
-        time.sleep(1.2)
-        assert start_time(child), "nothing is ended while the parent lives"
+        time.sleep(0.7)
+        assert all(start_time(pid) for pid in (child, grandchild, guard)), "nothing is ended while the parent lives"
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        assert until(lambda: not start_time(child))
-        assert until(lambda: not start_time(watcher)), "the guard ends itself"
-        assert start_time(other), "what was not named is left alone"
+        assert until(lambda: not start_time(child) and not start_time(grandchild))
+        assert until(lambda: not start_time(guard)), "the guard ends itself"
+        assert all(start_time(other) for other in others), "what is not the engine's is left alone"
     finally:
-        for pid in (child, other, watcher):
+        for pid in (child, grandchild, guard, *others):
             if start_time(pid):
                 os.kill(pid, signal.SIGKILL)
+
+
+def test_closing_waits_and_kills_what_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reid_dist.generation.guard.GRACE_S", 0.3)
+    guard = Guard()
+    child = subprocess.Popen(["sleep", "60"])
+    guard.settle()
+    assert [pid for pid, _ in guard.wards] == [child.pid]
+    guard.close()
+    assert child.wait(5) == -signal.SIGKILL
+    assert not start_time(guard.process.pid)
 
 
 def test_a_number_given_out_anew_is_not_touched() -> None:
     stranger = subprocess.Popen(["sleep", "60"])
     try:
-        watch((2**22 + 1, "1"), [(stranger.pid, "1")])
+        watch((2**22 + 1, "1"), set(), [(stranger.pid, "1")])
         assert stranger.poll() is None
-        watch((2**22 + 1, "1"), [(stranger.pid, start_time(stranger.pid))])
+        watch((2**22 + 1, "1"), set(), [(stranger.pid, start_time(stranger.pid))])
         assert stranger.wait(5) == -signal.SIGKILL
     finally:
         stranger.kill()

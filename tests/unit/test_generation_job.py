@@ -26,7 +26,7 @@ from reid_dist.data.synthetic.words import read_phrases
 from reid_dist.errors import UserError
 from reid_dist.generation.ledger import Ledger
 from reid_dist.generation.messages import Request
-from reid_dist.generation.model_folder import adapter_digest, find_model, tensor_shapes
+from reid_dist.generation.model_folder import adapter_digest, adapter_rank, find_model, tensor_shapes
 from reid_dist.generation.stages import Answerer, InlineRunner, Job
 from reid_dist.generation.supervise import Supervised
 from reid_dist.generation.tiny.questions import attribute_answer, attribute_question, ground_answer, part_boxes
@@ -80,10 +80,11 @@ def root(tmp_path: Path, truth: Truth) -> str:
 def calls(monkeypatch: pytest.MonkeyPatch, truth: Truth) -> list[Request]:
     asked: list[Request] = []
 
-    def scripted(answering: Any, tables: Any, splits: Any, view: Any) -> Job:
+    def scripted(answering: Any, tables: Any, splits: Any, view: Any, connect: Any = None, take: bool = True) -> Job:
         ask = Supervised(lambda: ScriptedEngine(truth, asked), stall_s=10)
         runner = InlineRunner(Answerer(answering.speak, ask, lambda row: view.encoded([row])[0]))
-        ledger = Ledger(open_store(answering.ledger)).take()
+        ledger = Ledger(open_store(answering.ledger))
+        ledger = ledger.take() if take else ledger
         return Job(ledger, answering.maker, answering.speak, runner, runner, answering.options.retry_errors, 4)
 
     monkeypatch.setattr(job_module, "make_job", scripted)
@@ -107,9 +108,12 @@ def test_describe_writes_answers_once(root: str, small: str, calls: list[Request
     assert len(calls) == record["calls"]
     plan = generate("describe", ("people",), GenerateOptions(root=root, model=small), plan_only=True)["plan"]
     assert plan["stages"]["describe"] | {"rate": 0} == {
-        "units": 8, "in_ledger": 8, "calls": 0, "prompt_tokens": 0, "completion_tokens": 0, "engine_hours": 0.0, "rate": 0,
-        "rate_is": "measured",
+        "units": 8, "exact": True, "in_ledger": 8, "calls": 0, "prompt_tokens": 0, "completion_tokens": 0,
+        "engine_hours": 0.0, "rate": 0, "rate_is": "measured",
     }  # fmt: skip
+    other = GenerateOptions(root=root, model=small, seed=1)
+    left = generate("describe", ("people",), other, plan_only=True)["plan"]["stages"]["describe"]
+    assert (left["in_ledger"], left["calls"]) == (0, 8 * 14), "answers of another seed are other answers"
 
 
 def test_groups_are_what_text_methods_read(root: str, small: str, calls: list[Request], truth: Truth) -> None:
@@ -172,9 +176,14 @@ def test_plan_starts_nothing_and_counts(root: str, small: str) -> None:
     record = main(["rda", "people", f"root={root}", f"model={small}", "rate=10", "--plan"])
     stages = record["plan"]["stages"]
     assert stages["describe"]["calls"] == 8 * 14
-    assert stages["describe"]["engine_hours"] == round(8 * 14 / 10 / 3600, 3)
+    assert stages["describe"]["engine_hours"] == pytest.approx(8 * 14 / 10 / 3600)
     assert stages["merge"]["calls"] == 0, "a rule"
     assert record["plan"]["captions"] > 8
+    words = ["rda", "people", f"root={root}", f"model={small}", "rate=10", "tensor_parallel=4", "engines=2", "--plan"]
+    total = main(words)["plan"]["total"]
+    assert (total["calls"], total["prompt_tokens"]) == (8 * 14, 8 * 14 * (5 + 8))
+    assert total["gpu_hours"] == pytest.approx(4 * total["engine_hours"])
+    assert total["hours"] == pytest.approx(total["engine_hours"] / 2)
     unknown = main(["masks", "people", f"root={root}", f"model={small}", "--plan"])["plan"]["stages"]["ground"]
     assert (unknown["calls"], unknown["engine_hours"]) == (24, None)
 
@@ -277,6 +286,13 @@ def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
 
     write([2, 4], [8, 2])
     assert len(adapter_digest(str(adapter), model)) == 64
+    for config, room in (('{"r": 2}', 8), ('{"r": 512}', 512)):
+        (adapter / "adapter_config.json").write_text(config)
+        assert adapter_rank(str(adapter)) == room
+    for config, words in (('{"r": 600}', "rank 600; vLLM serves up to 512"), ("{}", "does not say its rank")):
+        (adapter / "adapter_config.json").write_text(config)
+        with pytest.raises(UserError, match=words):
+            adapter_rank(str(adapter))
     for a, b in (([2, 5], [8, 2]), ([2, 4], [9, 2])):
         write(a, b)
         with pytest.raises(UserError, match="another base"):

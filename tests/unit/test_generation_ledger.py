@@ -15,6 +15,7 @@ from reid_dist.generation.shards import (
     Breaker,
     Outline,
     Progress,
+    ShardDone,
     Stage,
     TooManyRejects,
     cut_shards,
@@ -230,13 +231,18 @@ def test_breaker_trips_on_a_share_of_the_last_answers() -> None:
 
 def test_progress_counts_calls_tokens_and_rejects(tmp_path: Path) -> None:
     progress = Progress("describe", 5)
-    for record in work(Ledger(open_store(tmp_path)).take(), units(5), Counting(bad={1, 2})):
-        progress.note(Outline.of(record))
+    assert "0/5 rows" in progress.line()
+    records = work(Ledger(open_store(tmp_path)).take(), units(5), Counting(bad={1, 2}))
+    outlines = [Outline.of(record) for record in records]
+    progress.note(ShardDone(outlines[:2], "one", 100.0, 103.0))
+    assert "2/5 rows, 0.7 rows/s, 4 s left" in progress.line()
+    progress.note(ShardDone(outlines[2:], "two", 101.0, 110.0))
     summary = progress.summary()
+    assert (summary["working_seconds"], summary["workers"]) == (10.0, 2)
     assert (summary["calls"], summary["prompt_tokens"], summary["completion_tokens"]) == (3, 9, 6)
     assert summary["statuses"] == {"ok": 3, "error": 2}
     assert summary["rejects"] == {"row 1": 1, "row 2": 1}
-    assert "5/5 rows" in progress.line()
+    assert "5/5 rows, 0.5 rows/s, 0 s left" in progress.line()
 
 
 def request(text: str) -> Request:
@@ -263,6 +269,66 @@ def test_a_stalled_or_broken_engine_is_restarted_and_asked_again(trouble: str) -
     assert [reply.text for reply in asyncio.run(run())] == [f"T{n}" for n in range(8)]
     assert [engine.started for engine in engines] == [engine.closed for engine in engines] == [1, 1]
     assert len(calls) == 9
+
+
+def test_a_stall_is_silence_not_a_long_wait() -> None:
+    """Six requests of 0.1 s one after another: none is a stall of 0.25 s, though the last waits longer than that."""
+    calls: list[Request] = []
+    most = 0
+
+    class OneAtATime(ScriptedEngine):
+        turn = asyncio.Lock()
+
+        async def generate(self, one: Request) -> Reply:
+            nonlocal most
+            calls.append(one)
+            most = max(most, len(calls) - done)
+            async with self.turn:
+                await asyncio.sleep(0.1)
+            return Reply(one.text)
+
+    done = 0
+
+    async def run() -> int:
+        nonlocal done
+        ask = Supervised(lambda: OneAtATime(str, calls), stall_s=0.25, queue=4)
+
+        async def one(number: int) -> None:
+            nonlocal done
+            await ask(request(f"t{number}"))
+            done += 1
+
+        await asyncio.gather(*(one(n) for n in range(6)))
+        await ask.close()
+        return ask.restarted
+
+    assert asyncio.run(run()) == 0
+    assert len(calls) == 6
+    assert most == 4, "the queue is bounded"
+
+
+def test_requests_on_an_ended_engine_move_to_the_next_one() -> None:
+    """The first engine never answers anybody; the second answers at once, and its answers are no sign of the first."""
+    calls: list[Request] = []
+    engines = [ScriptedEngine(str.upper, calls, hang=set(range(3)))]
+
+    def make() -> ScriptedEngine:
+        engines.append(ScriptedEngine(lambda r: r.text, calls))
+        return engines[len(engines) - 2]
+
+    async def run() -> tuple[list[str], int]:
+        ask = Supervised(make, stall_s=0.3)
+        early = [asyncio.ensure_future(ask(request(f"t{n}"))) for n in range(3)]
+        await asyncio.sleep(0.4)
+        late = []
+        while not all(one.done() for one in early) and len(late) < 200:
+            late.append(await ask(request("late")))
+            await asyncio.sleep(0.01)
+        texts = [one.result().text for one in early]
+        await ask.close()
+        return texts, ask.restarted
+
+    assert asyncio.run(asyncio.wait_for(run(), 10)) == (["t0", "t1", "t2"], 1)
 
 
 def test_restarts_are_bounded_and_bad_input_is_no_illness() -> None:

@@ -15,6 +15,7 @@ from reid_dist.generation.interaction import NO_ANCHOR, Policy, blended, place_a
 from reid_dist.generation.ledger import Ledger, Maker
 from reid_dist.generation.messages import BadInput, Reply, Request
 from reid_dist.generation.prompts import TOPICS
+from reid_dist.generation.shards import TooManyRejects
 from reid_dist.generation.stages import Answerer, InlineRunner, Job, Query, dialogues, enrich, seen_picture
 from reid_dist.generation.supervise import Supervised
 from reid_dist.storage import open_store
@@ -79,7 +80,7 @@ def test_enrichment_asks_each_image_and_each_sentence_once_and_a_second_run_noth
 
 
 def test_a_broken_picture_becomes_an_error_row_and_is_asked_again_only_when_told(tmp_path: Path) -> None:
-    from reid_dist.generation.engine import open_picture
+    from reid_dist.generation.picture import open_picture
 
     calls: list[Request] = []
     job = make_job(tmp_path, calls)
@@ -225,3 +226,31 @@ def test_an_engine_shared_by_shards_is_asked_together() -> None:
     unit = Job(Ledger(open_store("unused")), Maker("m"), answerer.speak, None, None).unit("describe", {}, {"row": 0})  # type: ignore[arg-type]
     asyncio.run(answerer("describe", unit))
     assert most == 14
+
+
+def test_a_stage_with_too_many_rejects_stops_and_keeps_what_was_answered(tmp_path: Path) -> None:
+    """One sentence in ten is refused by the model: after a thousand answers the job ends, and says why."""
+    calls: list[Request] = []
+
+    def refuses_some(request: Request) -> str:
+        return (
+            "I'm sorry, I cannot do that." if re.search(r"Sentence: \"number \d*7\.", request.text) else answer(request)
+        )
+
+    def job() -> Job:
+        ask = Supervised(lambda: ScriptedEngine(refuses_some, calls), stall_s=5)
+        runner = InlineRunner(Answerer(dialogues("qwen2-vl"), ask, lambda row: b""))
+        return Job(Ledger(open_store(tmp_path)).take(), Maker("m"), dialogues("qwen2-vl"), runner, runner, shard=100)
+
+    sentences = [f"number {n}." for n in range(1300)]
+    stopped = job()
+    with pytest.raises(TooManyRejects, match=r"stage paraphrase: 100 of the last 1000 .* \(last: refused\)"):
+        stopped.paraphrase(sentences)
+    kept = Ledger(open_store(tmp_path)).read("paraphrase")
+    assert len(kept) == 1000
+    calls.clear()
+    rest = job()
+    rest.paraphrase(sentences[:1100])
+    assert len(calls) == 100 + 10 * 2, "only what is missing, and its ten refusals twice more"
+    assert len(rest.rejects(200)) == 110
+    assert {(stage, record.reason) for stage, record in rest.rejects()} == {("paraphrase", "refused")}

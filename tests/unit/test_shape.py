@@ -34,7 +34,7 @@ HEAVY = {
 RAY_FILES = {
     ("reid_dist", "training", "launch.py"),
     ("reid_dist", "evaluation", "distributed", "shards.py"),
-    ("reid_dist", "generation", "engine.py"),
+    ("reid_dist", "generation", "hosting.py"),
     ("reid_dist", "data", "pack.py"),
 }
 # Modules that must not be imported when reid_dist or a job's module is: they cost seconds.
