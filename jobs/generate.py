@@ -28,7 +28,7 @@ from jobs._job import record_in, refuse_unknown_flags, run_job, split_words
 from reid_dist.errors import UserError
 
 USAGE = """usage: python -m jobs.generate rda|masks|describe TABLE [TABLE ...] root=URI [key=value ...] [--plan]
-  rda            captions enriched: groups of interchangeable sentences per caption -> side table TABLE-rda
+  rda            captions enriched: groups of interchangeable sentences per caption -> side table TABLE-groups
   masks          boxes of head, upper body and legs -> part masks, side table TABLE-masks
   describe       answers about every picture -> side table TABLE-answers
   name=          of the side table; split=train (default) or another split, all for every picture
@@ -43,7 +43,7 @@ Shown = dict[str, dict[str, Any]]  # per image digest what the page shows: Sampl
 Written = tuple[dict[str, Any], Shown]  # facts for the record, and the page
 STAGES = {"rda": ("describe", "merge", "split", "paraphrase"), "masks": ("ground",), "describe": ("describe",)}
 MEANS = {"rda": "Enriched captions", "masks": "Part masks", "describe": "Descriptions"}
-SUFFIX = {"rda": "rda", "masks": "masks", "describe": "answers"}
+SUFFIX = {"rda": "groups", "masks": "masks", "describe": "answers"}
 SHOWN = 8  # pictures on the page
 
 

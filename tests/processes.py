@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable
 
 import psutil
 
@@ -29,14 +28,6 @@ def marked(mark: str, word: str = "") -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
-
-
-def until(condition: Callable[[], bool], seconds: float, what: str, period: float = 0.05) -> None:
-    """Wait for it. Raises AssertionError naming `what`."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
-        time.sleep(period)
 
 
 def assert_all_ended(mark: str, seconds: float = 30) -> None:

@@ -39,12 +39,12 @@ class Job:
         self.log.seek(0)
         return self.log.read()
 
-    def wait_for(self, condition: Callable[[], bool], timeout: float = 200) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 200, period: float = 0.3) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert self.process.poll() is None, self.said()[-3000:]
             assert time.monotonic() < deadline, f"the job did not get there in time: {self.said()[-3000:]}"
-            time.sleep(0.3)
+            time.sleep(period)
 
     def kill(self) -> None:
         """SIGKILL, and no sooner back than it is gone."""

@@ -6,9 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import pytest
 
 from reid_dist.config import DataConfig
 from reid_dist.data.side import open_side_table
-from reid_dist.data.store import View, open_view
+from reid_dist.data.store import TableView, open_view
 from reid_dist.generation.engine import EngineConfig, VllmEngine
 from reid_dist.generation.guard import start_time
 from reid_dist.generation.ledger import Ledger, Unit
@@ -28,8 +25,8 @@ from reid_dist.generation.stages import Answerer, dialogues
 from reid_dist.generation.supervise import Supervised
 from reid_dist.methods.muva.masks import open_masks
 from reid_dist.storage import open_store
-from tests.e2e.cluster import ROOT
-from tests.processes import MARK, assert_all_ended, marked, new_mark, until
+from tests.e2e.job import Job
+from tests.processes import MARK, assert_all_ended, marked, new_mark
 from tests.s3server import S3Server, serve
 from tests.small_adapter import write_adapter
 from tests.worlds import small_table
@@ -47,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_view(root: str) -> View:
+def train_view(root: str) -> TableView:
     return open_view(DataConfig(root=root), (TABLE,), ("train",))
 
 
@@ -155,26 +152,23 @@ def test_no_process_of_an_engine_is_left(scenario: Scenario) -> None:
 # ---- jobs
 
 
-class Job:
-    """A generation job in a process of its own."""
+class Generation(Job):
+    """A generation job whose processes can be told."""
 
     def __init__(self, kind: str, root: str, *words: str) -> None:
         self.mark = new_mark()
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
-            MARK: self.mark
-        }
-        command = [sys.executable, "-m", "jobs.generate", kind, TABLE, f"root={root}", "shard=4", "parallel=4", *words]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        super().__init__(
+            "jobs.generate", kind, TABLE, f"root={root}", "shard=4", "parallel=4", *words,
+            environment=environment | {MARK: self.mark},
+        )  # fmt: skip
 
-    def finish(self, timeout: float = 240) -> dict[str, Any]:
-        """The record of a job that is done and has left no process behind."""
-        out, err = self.process.communicate(timeout=timeout)
-        assert self.process.returncode == 0, err[-3000:]
+    def done(self) -> dict[str, Any]:
+        """The record of a job that succeeded and left no process behind."""
+        code, record, err = self.finish(400)
+        assert code == 0, err[-3000:]
         assert_all_ended(self.mark)
-        record: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
-        return record | {"stderr": err}
+        return record
 
 
 @pytest.fixture(scope="module")
@@ -204,21 +198,20 @@ def answers(root: str) -> dict[str, Any]:
 def test_killed_jobs_lose_and_repeat_nothing(root: Path, scenario: Scenario, s3: S3Server) -> None:
     copy_tables(root, s3.uri)
     ledger = f"{s3.uri}/ledger/{TABLE}"
-    job = Job("describe", s3.uri)
-    until(lambda: shards(ledger) >= 3 or job.process.poll() is not None, 200, "published shards")
-    job.process.send_signal(signal.SIGKILL)
-    _, err = job.process.communicate()
+    job = Generation("describe", s3.uri)
+    job.wait_for(lambda: shards(ledger) >= 3, 400)
+    job.kill()
+    assert_all_ended(job.mark)  # an actor works on until it notices
     published = Ledger(open_store(ledger)).read("describe")
-    assert 12 <= len(published) < IMAGES, err[-3000:]
-    assert_all_ended(job.mark)
+    assert 12 <= len(published) < IMAGES
 
     before = shards(ledger)
-    job = Job("describe", s3.uri)
-    until(lambda: shards(ledger) >= before + 2 or job.process.poll() is not None, 200, "published shards")
+    job = Generation("describe", s3.uri)
+    job.wait_for(lambda: shards(ledger) >= before + 2, 400)
     actors = marked(job.mark, "MapWorker")
     assert len(actors) == 1, "one engine"
     actors[0].send_signal(signal.SIGKILL)
-    record = job.finish()
+    record = job.done()
     known = Ledger(open_store(ledger)).read("describe")
     assert record["calls"] == (IMAGES - len(published)) * QUESTIONS, "only what was not published is asked"
     assert {key: one.facts["created"] for key, one in known.items() if key in published} == {
@@ -230,18 +223,16 @@ def test_killed_jobs_lose_and_repeat_nothing(root: Path, scenario: Scenario, s3:
     assert rows == len(known) == IMAGES, "every answer stands once"
     assert answers(s3.uri) == scenario.said["described"], "as if nothing had happened"
 
-    started = time.monotonic()
-    again = Job("describe", s3.uri).finish()
+    last = Generation("describe", s3.uri)
+    again = last.done()
     assert (again["calls"], again["stages"]["describe"]["known"]) == (0, IMAGES)
-    assert "Ray cluster" not in again["stderr"], (
-        f"nothing to ask, nothing to start ({time.monotonic() - started:.0f} s)"
-    )
+    assert "Ray cluster" not in last.said(), "nothing to ask, nothing to start"
     stored = json.loads(open_store(ledger).read(f"records/{TABLE}-answers.json"))
     assert (stored["exit_code"], stored["version"]) == (0, again["version"])
 
 
 def test_masks_and_groups_come_from_the_same_model(root: Path) -> None:
-    masks = Job("masks", str(root), "limit=40", "engines=2").finish()
+    masks = Generation("masks", str(root), "limit=40", "engines=2").done()
     assert (masks["images"] + masks["error_rows"], masks["stages"]["ground"]["units"]) == (40, 120)
     view = train_view(str(root)).select(np.arange(40))
     found = open_masks(DataConfig(root=str(root)), (f"{TABLE}-masks",), view, (16, 8), ("head", "upper", "legs"))

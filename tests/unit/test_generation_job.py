@@ -120,7 +120,7 @@ def test_groups_are_what_text_methods_read(root: str, small: str, calls: list[Re
     record = generate("rda", ("people",), GenerateOptions(root=root, model=small))
     view = open_view(DataConfig(root=root), ("people",))
     pairs = caption_pairs(view)
-    table = open_caption_groups(DataConfig(root=root), ("people-rda",), view, pairs)
+    table = open_caption_groups(DataConfig(root=root), ("people-groups",), view, pairs)
     assert (table.missing, record["error_rows"]) == (0, 0)
     assert record["captions"] == len({(int(row), view.captions[row][number]) for row, number in pairs})
     assert record["calls"] == 8 * 14, "with the small model everything after the description is a rule"
@@ -134,7 +134,7 @@ def test_groups_are_what_text_methods_read(root: str, small: str, calls: list[Re
         assert set(added) <= drawing.visible()
         assert all(read_phrases(wording) == read_phrases(group[0]) for group in groups for wording in group)
     page = Path(record["report"]).read_text()
-    assert "Original captions" in page
+    assert all(heading in page for heading in ("Original captions", "Answers", "Merged 2", "Groups 2"))
     again = generate("rda", ("people",), GenerateOptions(root=root, model=small))
     assert again["calls"] == 0
 
@@ -144,6 +144,9 @@ def test_boxes_become_masks_that_cover_the_exact_ones(
 ) -> None:
     record = generate("masks", ("people",), GenerateOptions(root=root, model=small))
     assert record["images"] == 8
+    page = Path(record["report"]).read_text()
+    assert page.count("<svg") == 2 * 8, "boxes and patches on every picture"
+    assert page.count("<title>head</title>") > 2 * 8
     view = open_view(DataConfig(root=root), ("people",))
     masks = open_masks(DataConfig(root=root), ("people-masks",), view, (16, 8), ("head", "upper", "legs"))
     made = masks.visible(np.arange(len(view)))
