@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from reid_dist.errors import RunError, UserError
 from reid_dist.generation.messages import BadInput, Reply, Request
@@ -82,9 +82,10 @@ class Supervised:
         what the engine raises.
         """
         asking, began = asyncio.ensure_future(engine.generate(request)), time.monotonic()
+        either: set[asyncio.Future[Any]] = {asking, gone}
         try:
             while (left := max(began, self._sign) + self._stall_s - time.monotonic()) > 0:
-                done, _ = await asyncio.wait({asking, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 if asking in done:
                     reply = asking.result()
                     self._sign = time.monotonic()

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tests.s3server import S3Server, serve
 from tests.small_adapter import write_adapter
 from tests.worlds import small_table
 
+pytestmark = pytest.mark.timeout(1200)  # several engines start one after another, each some 10 s on a quiet machine
 TABLE = "synthetic-cuhk-pedes"
 IMAGES, QUESTIONS = 80, 14
 SMALL: dict[str, Any] = {"dtype": "float32", "context": 512, "eager": True, "one_process": True, "parallel": 16}
@@ -155,12 +156,13 @@ def test_no_process_of_an_engine_is_left(scenario: Scenario) -> None:
 class Generation(Job):
     """A generation job whose processes can be told."""
 
-    def __init__(self, kind: str, root: str, *words: str) -> None:
+    def __init__(self, kind: str, root: str, *words: str, environment: Mapping[str, str] | None = None) -> None:
         self.mark = new_mark()
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        if environment is None:
+            environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         super().__init__(
             "jobs.generate", kind, TABLE, f"root={root}", "shard=4", "parallel=4", *words,
-            environment=environment | {MARK: self.mark},
+            environment={**environment, MARK: self.mark},
         )  # fmt: skip
 
     def done(self) -> dict[str, Any]:
