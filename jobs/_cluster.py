@@ -73,19 +73,7 @@ def connect(num_cpus: float | None = None) -> Iterator[None]:
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     _reread_environment()
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(1, round(num_cpus or os.cpu_count() or 1)),
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            object_store_memory=256 * 1024**2,
-            _temp_dir=str(folder),
-            _system_config={"worker_niceness": 0},  # a job that somebody waits for, not a guest (Ray's default is 15)
-            _node_ip_address="127.0.0.1",
-            # A private cluster has no dashboard, so Ray Train's clean-up actor cannot ask the state API and would say so
-            # every second; our own loggers set their levels themselves.
-            logging_config=ray.LoggingConfig(log_level="ERROR"),
-        )
+        _start_private(folder, max(1, round(num_cpus or os.cpu_count() or 1)))
         signal.signal(signal.SIGTERM, ours)
         logger.info("private Ray cluster started (%s)", folder)
         yield
@@ -97,6 +85,34 @@ def connect(num_cpus: float | None = None) -> Iterator[None]:
             os.environ["RAY_AUTH_TOKEN_PATH"] = saved
         _reread_environment()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_private(folder: Path, cpus: int) -> None:
+    """Ray gives its own processes 30 s to come up, which they exceed on a busy machine: up to three tries."""
+    import ray
+
+    for tries_left in (2, 1, 0):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                object_store_memory=256 * 1024**2,
+                _temp_dir=str(folder),
+                # A job that somebody waits for, not a guest (Ray's default is 15).
+                _system_config={"worker_niceness": 0},
+                _node_ip_address="127.0.0.1",
+                # A private cluster has no dashboard, so Ray Train's clean-up actor cannot ask the state API and would say
+                # so every second; our own loggers set their levels themselves.
+                logging_config=ray.LoggingConfig(log_level="ERROR"),
+            )
+            return
+        except Exception as error:
+            if tries_left == 0 or "timed out during startup" not in str(error):
+                raise
+            logger.warning("this machine is busy: Ray did not come up in time, trying again")
+            ray.shutdown()
 
 
 def _reread_environment() -> None:

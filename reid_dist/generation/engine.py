@@ -9,6 +9,7 @@ import asyncio
 import functools
 import hashlib
 import itertools
+import json
 import logging
 import os
 import time
@@ -17,10 +18,11 @@ from typing import Any
 
 from reid_dist.errors import RunError, UserError
 from reid_dist.generation.guard import Guard
-from reid_dist.generation.messages import BadInput, Finish, Reply, Request
+from reid_dist.generation.messages import BadInput, Finish, Reply, Request, Sampling
 from reid_dist.generation.picture import KEPT, open_picture
 
 logger = logging.getLogger(__name__)
+MARK = "<<<the text of the turn>>>"
 ADAPTER = 1  # vLLM's number of our one adapter
 
 
@@ -57,6 +59,7 @@ class VllmEngine:
         self._engine: Any = None
         self._guard: Guard | None = None
         self._numbers = itertools.count()
+        self._frames: dict[bool, tuple[str, str]] = {}  # with a picture or without: the turn around a text
 
     async def start(self) -> None:
         """Load the model. Raises UserError for a folder that cannot be served."""
@@ -102,7 +105,7 @@ class VllmEngine:
         lora = self._lora()
         number, started, last = f"r{next(self._numbers)}", time.monotonic(), None
         try:
-            async for output in self._engine.generate(prompt, self._sampling(request), number, lora_request=lora):
+            async for output in self._engine.generate(prompt, _sampling(request), number, lora_request=lora):
                 last = output
         except (VLLMClientError, ValueError) as error:
             raise BadInput(f"vLLM refuses the request: {error}") from None
@@ -119,15 +122,11 @@ class VllmEngine:
         )
 
     def _prompt(self, request: Request) -> dict[str, Any]:
-        parts: list[dict[str, str]] = [{"type": "text", "text": request.text}]
-        if request.image is not None:
-            parts.insert(0, {"type": "image"})
-        content: Any = parts if request.image is not None else request.text
-        text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        length = len(self._tokenizer.encode(text))
-        if length + request.sampling.max_tokens > self.config.context:
+        before, after = self._frame(request.image is not None)
+        text = before + request.text + after
+        room = self.config.context - request.sampling.max_tokens
+        # A token is a byte at least, so short prompts need not be counted; vLLM refuses what the picture makes too long.
+        if len(text.encode()) > room and (length := len(self._tokenizer.encode(text))) > room:
             raise BadInput(
                 f"the prompt has {length} tokens without the picture and may answer with {request.sampling.max_tokens}; "
                 f"the context is {self.config.context}"
@@ -139,20 +138,18 @@ class VllmEngine:
             prompt["multi_modal_uuids"] = {"image": [_digest(request.image)]}
         return prompt
 
-    def _sampling(self, request: Request) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-
-        guided = None
-        if request.schema is not None:
-            guided = StructuredOutputsParams(json=dict(request.schema))
-        elif request.choice:
-            guided = StructuredOutputsParams(choice=list(request.choice))
-        wanted = request.sampling
-        return SamplingParams(
-            temperature=wanted.temperature, max_tokens=wanted.max_tokens, seed=wanted.seed, structured_outputs=guided,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )  # fmt: skip
+    def _frame(self, picture: bool) -> tuple[str, str]:
+        """What the model's chat template puts before and after the text of a single turn, rendered once."""
+        if picture not in self._frames:
+            content: Any = [{"type": "image"}, {"type": "text", "text": MARK}] if picture else MARK
+            text = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            before, mark, after = text.partition(MARK)
+            if not mark or MARK in after:
+                raise UserError(f"{self.config.path}: its chat template does not hand the text of a turn through once")
+            self._frames[picture] = before, after
+        return self._frames[picture]
 
     def _lora(self) -> Any:
         if not self.config.adapter:
@@ -180,6 +177,28 @@ class VllmEngine:
         guard, self._guard = self._guard, None
         if guard is not None:
             guard.close()
+
+
+def _sampling(request: Request) -> Any:
+    if request.schema is not None:
+        return _sampling_of(request.sampling, json.dumps(request.schema), ())
+    return _sampling_of(request.sampling, "", request.choice)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _sampling_of(wanted: Sampling, schema: str, choice: tuple[str, ...]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    guided = None
+    if schema:
+        guided = StructuredOutputsParams(json=schema)
+    elif choice:
+        guided = StructuredOutputsParams(choice=list(choice))
+    return SamplingParams(
+        temperature=wanted.temperature, max_tokens=wanted.max_tokens, seed=wanted.seed, structured_outputs=guided,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=KEPT)
