@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import time
@@ -35,6 +36,8 @@ USAGE = """usage: python -m jobs.generate rda|masks|describe TABLE [TABLE ...] r
   model=small    the built-in small model; or a folder, an s3:// prefix, OWNER/NAME of the hub; revision=, adapter=FOLDER
   engines=N      most engines (engines_min=1 at the start); tensor_parallel=, parallel=, dtype=, context=, pixels=
   max_words=60   of a merged caption (130 for 168-token models); grid=[16,8] of masks
+  replies=FILE   masks from a grounding model's replies made elsewhere, one {"path", "part", "reply"} a line (JSON); boxes=cogvlm
+                 (default), qwen2, pixels or thousandths
   rate=          calls per second and engine for --plan; otherwise what an earlier job of this ledger measured
   retry_errors=true   ask again about rows that ended in an error
   --plan         count pictures, calls and tokens, estimate engine and GPU hours; nothing is started"""
@@ -57,6 +60,8 @@ class GenerateOptions(ModelOptions):
     grid: tuple[int, int] = (16, 8)
     rate: float = 0.0
     limit: int = 0  # first so many pictures only
+    replies: str = ""  # file of a grounding model's replies, instead of asking one
+    boxes: str = "cogvlm"  # how boxes stand in it
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -87,8 +92,12 @@ def generate(kind: str, tables: tuple[str, ...], options: GenerateOptions, plan_
     captions = sum(len(texts) for texts in view.captions)
     if kind == "rda" and not captions:
         raise UserError(f"{', '.join(tables)}: there are no captions to enrich in split {options.split}")
-    answering = prepare(options, tables)
     name = options.name or f"{'+'.join(tables)}-{SUFFIX[kind]}"
+    if options.replies:
+        if kind != "masks" or plan_only:
+            raise UserError(f"replies={options.replies}: read for masks only, and there is nothing to plan")
+        return masks_of_file(view, options, name)
+    answering = prepare(options, tables)
     source = answering.source(STAGES[kind])
     refuse_other_source(options.root, name, source)
     job_of = functools.partial(make_job, answering, tables, splits, view)
@@ -145,40 +154,13 @@ def publish_groups(job: Any, view: Any, options: GenerateOptions, name: str, sou
 
 def publish_masks(job: Any, view: Any, options: GenerateOptions, name: str, source: str) -> Written:
     """Boxes rasterised to part masks as a side table."""
-    from reid_dist.methods.muva.boxes import boxes_to_patches
-    from reid_dist.methods.muva.masks import MaskRow, write_masks
+    from jobs._boxes import write_boxes
 
     grounded = job.ground(unique_images(view))
     usable = {i: parts for i, parts in grounded.items() if all(record.usable for record in parts.values())}
-    rows = []
-    for image, parts in usable.items():
-        boxes = {part: record.value for part, record in parts.items()}
-        patches = boxes_to_patches(boxes, options.grid)
-        rows.append(MaskRow(image, patches.visible, boxes, patches.fallback))
-    version = write_masks(options.root, name, rows, options.grid, source)
-    shown = {row.digest: _boxes_and_patches(row, options.grid) for row in rows}
-    facts = {
-        "version": version, "images": len(rows), "error_rows": len(grounded) - len(usable),
-        "with_fallback": sum(bool(row.fallback) for row in rows),
-    }  # fmt: skip
-    return facts, shown
-
-
-def _boxes_and_patches(row: Any, grid: tuple[int, int]) -> dict[str, Any]:
-    rows, columns = grid
-    patches = {
-        part: [
-            (n % columns / columns, n // columns / rows, (n % columns + 1) / columns, (n // columns + 1) / rows)
-            for n in visible.nonzero()[0].tolist()
-        ]
-        for part, visible in zip(row.boxes, row.visible, strict=True)
-    }
-    lists = {"Boxes: left, top, right, bottom in percent": [
-        f"{part}: {'; '.join(' '.join(f'{100 * value:.0f}' for value in box) for box in boxes) or 'none'}"
-        + (" (fixed band)" if part in row.fallback else "")
-        for part, boxes in row.boxes.items()
-    ]}  # fmt: skip
-    return {"lists": lists, "drawn": {"boxes": row.boxes, "patches": patches}}
+    boxes = {image: {part: record.value for part, record in parts.items()} for image, parts in usable.items()}
+    facts, shown = write_boxes(boxes, options.root, name, options.grid, source)
+    return facts | {"error_rows": len(grounded) - len(usable)}, shown
 
 
 def _said(answers: list[str | None]) -> list[str]:
@@ -205,6 +187,23 @@ def publish_answers(job: Any, view: Any, options: GenerateOptions, name: str, so
     version = write_side_table(options.root, name, table, ["image"], {"kind": "answers", "source": source})
     shown = {image: {"lists": {"Answers": _said(record.value)}} for image, record in usable.items()}
     return {"version": version, "images": len(usable), "error_rows": len(described) - len(usable)}, shown
+
+
+def masks_of_file(view: Any, options: GenerateOptions, name: str) -> dict[str, Any]:
+    """Masks from replies that were made elsewhere; returns the record. Raises UserError."""
+    from jobs._boxes import boxes_of_replies, write_boxes
+    from reid_dist.storage import open_store
+
+    folder, _, file = options.replies.rpartition("/")
+    try:
+        content = open_store(folder or ".").read(file)
+    except FileNotFoundError:
+        raise UserError(f"replies={options.replies}: there is no such file") from None
+    source = f"replies {file} {hashlib.sha256(content).hexdigest()[:12]} read as {options.boxes}"
+    refuse_other_source(options.root, name, source)
+    boxes, unread = boxes_of_replies(content, options.replies, options.boxes, view)
+    facts, _ = write_boxes(boxes, options.root, name, options.grid, source)
+    return {"kind": "masks", "name": name, "source": source, **facts, "replies_without_a_box": unread}
 
 
 def write_page(kind: str, job: Any, view: Any, name: str, source: str, shown: Shown) -> str:

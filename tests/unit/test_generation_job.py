@@ -31,6 +31,7 @@ from reid_dist.generation.stages import Answerer, InlineRunner, Job
 from reid_dist.generation.supervise import Supervised
 from reid_dist.generation.tiny.questions import attribute_answer, attribute_question, ground_answer, part_boxes
 from reid_dist.generation.tiny.samples import GROUPS
+from reid_dist.methods.muva.boxes import boxes_to_patches
 from reid_dist.methods.muva.masks import open_masks
 from reid_dist.storage import open_store
 from tests.scripted import ScriptedEngine
@@ -157,6 +158,43 @@ def test_boxes_become_masks_that_cover_the_exact_ones(
     fixed = (bands & exact).sum(axis=(1, 2)) / (bands | exact).sum(axis=(1, 2))
     assert overlap.mean() > 0.5 > fixed.mean()
     assert overlap.mean() > fixed.mean() + 0.1
+
+
+def test_replies_of_a_model_that_is_not_served_become_the_same_masks(root: str, truth: Truth, tmp_path: Path) -> None:
+    """CogVLM's own format, three digits in thousandths, with one part that it did not find."""
+    view = open_view(DataConfig(root=root), ("people",))
+    lines, boxes = [], []
+    for row, image in enumerate(view.encoded(np.arange(len(view)))):
+        areas = [truth.by_image[image][1].parts(list(group)).sum(axis=0) for group in GROUPS]
+        found = {part: box or (0.25, 0.25, 0.75, 0.75) for part, box in part_boxes(np.stack(areas)).items()}
+        replies = {p: "[[" + ",".join(f"{round(1000 * v):03d}" for v in box) + "]]" for p, box in found.items()}
+        replies["legs"] = replies["legs"] if row else "There are no legs."
+        lines += [json.dumps({"path": view.path(row), "part": part, "reply": said}) for part, said in replies.items()]
+        boxes.append({part: [box] for part, box in found.items() if row or part != "legs"})
+    file = tmp_path / "replies.jsonl"
+    file.write_text("\n".join(lines))
+    record = main(["masks", "people", f"root={root}", f"replies={file}", "name=cog"])
+    assert (record["images"], record["with_fallback"], record["replies_without_a_box"]) == (8, 1, 1)
+    masks = open_masks(DataConfig(root=root), ("cog",), view, (16, 8), ("head", "upper", "legs"))
+    expected = np.stack([boxes_to_patches(one, (16, 8)).visible for one in boxes])
+    assert (masks.visible(np.arange(len(view))) == expected).mean() > 0.99, "thousandths move an edge patch at most"
+
+    for bad, words in (
+        ("{", "line 1: expected an object"),
+        ('{"path": "x", "part": "head", "reply": 3}', "line 1: expected an object"),
+        ('{"path": "x", "part": "head", "reply": ""}', "no image 'x'"),
+        (lines[0] + "\n" + lines[0], "line 2: part 'head'"),
+        (lines[0].replace("head", "hand"), "line 1: part 'hand'"),
+    ):
+        file.write_text(bad)
+        with pytest.raises(UserError, match=words):
+            main(["masks", "people", f"root={root}", f"replies={file}", "name=bad"])
+    with pytest.raises(UserError, match="choose qwen2, pixels"):
+        main(["masks", "people", f"root={root}", f"replies={file}", "name=bad", "boxes=yolo"])
+    with pytest.raises(UserError, match="no such file"):
+        main(["masks", "people", f"root={root}", "replies=nowhere.jsonl"])
+    with pytest.raises(UserError, match="read for masks only"):
+        main(["rda", "people", f"root={root}", f"replies={file}"])
 
 
 def test_another_maker_needs_another_name(
