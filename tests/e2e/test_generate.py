@@ -91,7 +91,7 @@ class Scenario:
         bad = {
             "unreadable": (b"none", "hat ?"),
             "long": (image, "hat " * 600),
-            "long with picture": (image, "hat " * 500),
+            "long with picture": (image, "hat " * 504),
         }
         for name, (data, text) in bad.items():
             with pytest.raises(BadInput) as refused:
