@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up themselves.
 PYTHON = .venv/bin/python
 
-.PHONY: env demo test test-unit test-dist test-e2e lint bench clean
+.PHONY: env demo test test-unit test-dist test-e2e lint bench chaos clean
 
 env:
 	@cluster/bootstrap.sh --tests
@@ -24,6 +24,9 @@ lint: env
 bench: env
 	@for file in tests/bench/bench_*.py; do \
 		echo "== $$(basename $$file .py)"; $(PYTHON) -m tests.bench.$$(basename $$file .py) || exit 1; done
+
+chaos: env
+	@$(PYTHON) -m tests.chaos
 
 clean:
 	rm -rf work

@@ -104,6 +104,9 @@ class TrainingConfig:
     log_every: int = 10  # steps between reads of the losses (a read waits for the device)
     max_failures: int = 3  # real failures survived; preemptions do not count
     collective_timeout_s: int = 600
+    hang_timeout_s: float = (
+        300.0  # after the first step: longest silence between steps before the workers start again; 0: any
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

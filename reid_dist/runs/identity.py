@@ -51,6 +51,7 @@ FREE = frozenset(
         "training.log_every",
         "training.max_failures",
         "training.collective_timeout_s",
+        "training.hang_timeout_s",
         "evaluation.batch",
         "evaluation.memory_mb",
     ]

@@ -150,6 +150,12 @@ def committed(store: Store, parent: str) -> list[str]:
     return sorted(names, reverse=True)
 
 
+def unpublish(store: Store, prefix: str) -> None:
+    """Remove a published folder: its marker first, so that a process killed in between leaves an orphan, never a torn folder."""
+    store.delete(f"{check_key(prefix)}/{MARKER}")
+    store.delete_tree(prefix)
+
+
 def orphans(store: Store, parent: str, older_than: float) -> list[str]:
     """Keys of folders below `parent` that no marker names and whose newest object is older than `older_than` (epoch
     seconds).

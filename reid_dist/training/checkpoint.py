@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from reid_dist.errors import RunError
-from reid_dist.storage import CorruptionError
-from reid_dist.storage.publish import committed, fetch, publish_folder
+from reid_dist.storage import CorruptionError, StorageError
+from reid_dist.storage.publish import committed, fetch, orphans, publish_folder, unpublish
 from reid_dist.training.deepspeed import EngineState, whole_parameters
 
 if TYPE_CHECKING:
@@ -75,12 +75,26 @@ def folder_name(step: int) -> str:
 
 
 class Writer:
-    """Rank 0's side: publishes snapshots in the background, one at a time, and keeps the last and the best."""
+    """Rank 0's side: publishes snapshots in the background, one at a time, and keeps the last and the best.
+
+    Begins by removing what killed predecessors left half published: whoever still publishes for an older attempt is fenced
+    out before its commit.
+    """
 
     def __init__(self, run: Run, keep_last: int, keep_best: int, score: str) -> None:
         self.run, self.keep_last, self.keep_best, self.score = run, keep_last, keep_best, score
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        try:
+            for place in orphans(self.run.store, "checkpoints", float("inf")):
+                logger.info("%s was never committed and is removed", place)
+                self.run.store.delete_tree(place)
+            self.run.store.sub("checkpoints").sweep(float("-inf"))
+        except StorageError as error:  # `jobs.runs gc` finds it again
+            logger.warning("leftovers of killed processes could not be removed: %s", error)
 
     def save(self, snapshot: Snapshot) -> None:
         """Start publishing. Raises what the previous publish raised."""
@@ -117,7 +131,7 @@ class Writer:
         keep = {*names[: max(1, self.keep_last)], *ranked[: self.keep_best]}
         for name in names:
             if name not in keep:
-                self.run.store.delete_tree(name)
+                unpublish(self.run.store, name)
 
 
 def write_folder(folder: Path, snapshot: Snapshot) -> None:

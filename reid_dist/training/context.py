@@ -27,6 +27,7 @@ class RunContext:
     epoch: int = 0
     step: int = 0
     threads: int = 1  # that load ahead in `extract`
+    beat: Callable[[int], None] = lambda step: None  # told of every batch of `extract`, which may take long
     counts: tuple[int, ...] = ()  # rows per rank of the current step
     scalars: dict[str, float] = field(default_factory=dict)
     notes: list[dict[str, Any]] = field(default_factory=list)  # not yet written
@@ -88,6 +89,7 @@ class RunContext:
             with torch.no_grad():
                 for index, given in enumerate(loaded):
                     out = encode(model, to_device(given, device))
+                    self.beat(self.step)
                     kept = slice(None) if index < len(own) else slice(0)
                     outputs.append({name: value[kept].float() for name, value in out.items()})
         finally:

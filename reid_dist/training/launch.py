@@ -2,8 +2,9 @@
 
 A run is one `TorchTrainer` per try. Ray starts and watches the workers; what a failure means is decided here, because Ray's
 own restart loop cannot tell a bad recipe from a dead node: errors that the user can mend and diverged losses end the run at
-once, the same traceback without a new checkpoint in between ends it with a sentence, everything else continues from the
-newest verified checkpoint, `training.max_failures` times. Announced preemptions have Ray's own, unlimited budget.
+once, the same traceback at the same step twice ends it with a sentence, everything else (deaths, hangs that the watchdog
+found) continues from the newest verified checkpoint, `training.max_failures` times. Announced preemptions have Ray's own,
+unlimited budget.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from reid_dist.config import Recipe, build_recipe, to_mapping
 from reid_dist.errors import RunError, UserError
 from reid_dist.methods import get
 from reid_dist.runs import Run, ship_logs
-from reid_dist.storage import ray_storage
-from reid_dist.training.loop import Hooks, Stopped, out_of_memory
+from reid_dist.runs.failures import Failure, collateral, explain, signature
+from reid_dist.storage import StorageError, ray_storage
+from reid_dist.training.loop import Hooks, Stopped, Worker, out_of_memory
+from reid_dist.training.watchdog import watched
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ def fit(recipe: Recipe, run: Run, callbacks: Sequence[Any] = ()) -> dict[str, An
     from ray.train import WorkerGroupError
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    failures: list[tuple[str, int]] = []
+    failures: list[Failure] = []
     while True:
         try:
             return _one_try(recipe, run, len(failures), callbacks)
@@ -69,18 +72,22 @@ def fit(recipe: Recipe, run: Run, callbacks: Sequence[Any] = ()) -> dict[str, An
             cause, text = error, str(error)
         _end_if_final(cause)
         where = run.latest_step()
-        run.note_restart(reason=_short(text), step=where)
-        if failures and failures[-1] == (_signature(text), where):
+        told = [
+            note for note in run.notes() if note.get("start") == len(failures) + 1 and note["attempt"] == run.attempt
+        ]
+        failure = explain(told, _short(text), where)
+        run.note_restart(reason=failure.text, step=where)
+        if failure.repeats(failures[-1] if failures else None):
             raise RunError(
-                f"the same error came twice after step {where}, so another try would not help: {_short(text)}"
+                f"the same traceback came twice at the same step, so another try would not help: {failure.text}"
             )
-        failures.append((_signature(text), where))
+        failures.append(failure)
         if len(failures) > recipe.training.max_failures:
             raise RunError(
                 f"training failed {len(failures)} times (training.max_failures={recipe.training.max_failures}); "
-                f"last: {_short(text)}"
+                f"last: {failure.text}"
             )
-        logger.warning("failure %d, continuing from step %d: %s", len(failures), where, _short(text))
+        logger.warning("failure %d, continuing from step %d: %s", len(failures), where, failure.text)
 
 
 def _one_try(recipe: Recipe, run: Run, number: int, callbacks: Sequence[Any]) -> dict[str, Any]:
@@ -95,6 +102,7 @@ def _one_try(recipe: Recipe, run: Run, number: int, callbacks: Sequence[Any]) ->
             "recipe": to_mapping(recipe),
             "run": run.uri,
             "attempt": run.attempt,
+            "start": number + 1,
         },
         scaling_config=_scaling(recipe, needs),
         run_config=RunConfig(
@@ -192,10 +200,15 @@ def _cause(error: Any) -> tuple[BaseException, str]:
                 return unwrap(inner)
         return failure
 
-    causes = [unwrap(failure) for failure in failures]
-    ranked = sorted(range(len(causes)), key=lambda i: not isinstance(causes[i], (UserError, RunError)))
-    first = ranked[0]
-    return causes[first], f"{type(causes[first]).__name__}: {causes[first]}"
+    def order(cause: BaseException) -> int:
+        return 0 if isinstance(cause, (UserError, RunError)) else 1 + collateral(_text(cause))
+
+    first = min(map(unwrap, failures), key=order)
+    return first, _text(first)
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _end_if_final(cause: BaseException) -> None:
@@ -203,11 +216,6 @@ def _end_if_final(cause: BaseException) -> None:
         raise cause
     if isinstance(cause, RunError) and not cause.retryable:
         raise cause
-
-
-def _signature(text: str) -> str:
-    """What makes two failures the same: the text without numbers that differ by chance (pids, addresses, ports)."""
-    return "".join("#" if char.isdigit() else char for char in text)[-2000:]
 
 
 def _short(text: str) -> str:
@@ -234,9 +242,15 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     recipe = build_recipe(config["recipe"], lambda name: get(name).Config)
     context = ray.train.get_context()
     run = Run.attach(config["run"], config["attempt"])
-    if context.get_world_rank() == 0:
+    rank, start = context.get_world_rank(), config["start"]
+    if rank == 0:
         run.note("workers", count=context.get_world_size())
-    with ship_logs(run, f"rank-{context.get_world_rank()}"), _stop_watch(run, context.get_world_rank()) as wanted:
+    worker: Worker | None = None
+    with (
+        ship_logs(run, f"rank-{rank}"),
+        _stop_watch(run, rank) as wanted,
+        watched(run, rank, start, recipe.training.hang_timeout_s) as beat,
+    ):
         try:
             prepared = prepare(recipe, init_weights(recipe))
             marks["data"] = time.time()
@@ -246,6 +260,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
                 report=lambda metrics: ray.train.report(metrics),
                 evaluate=evaluator(recipe, prepared),
                 bar=_bar,
+                beat=beat,
                 marks=marks,
             )
             worker = make_worker(recipe, prepared, run, hooks)
@@ -253,12 +268,13 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
             progress = worker.train()
         except Stopped as stopped:
             return {"stopped": str(stopped)}
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             readable = out_of_memory(error, recipe)
+            _note_failure(run, rank, start, worker.ctx.step if worker else 0, readable or error)
             if readable:
                 raise readable from error
             raise
-    if context.get_world_rank() != 0:
+    if rank != 0:
         return None
     device = str(worker.device)
     peak = torch.cuda.max_memory_allocated() if worker.device.type == "cuda" else 0
@@ -271,6 +287,12 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
         "peak_gpu_bytes": peak,
         "marks": marks,
     }
+
+
+def _note_failure(run: Run, rank: int, start: int, step: int, error: BaseException) -> None:
+    """What this rank knows of its end, for the driver and for the postmortem; a failure to store it hides nothing."""
+    with contextlib.suppress(StorageError):
+        run.note("failure", rank=rank, start=start, step=step, error=_short(_text(error)), trace=signature(error))
 
 
 def _preempted() -> bool:

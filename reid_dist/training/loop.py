@@ -47,6 +47,7 @@ class Hooks:
     preempted: Callable[[], bool] = lambda: False  # asked on every rank; True: a node will be taken away soon
     report: Callable[[dict[str, Any]], None] = lambda metrics: None  # after each epoch
     evaluate: Callable[[nn.Module, RunContext], dict[str, float]] | None = None  # on the selection split
+    beat: Callable[[int], None] = lambda step: None  # a sign of life, with the steps done
     bar: Callable[..., Any] = tqdm  # progress bar of rank 0; gets tqdm's keywords
     marks: dict[str, float] = field(default_factory=dict)  # seconds since the epoch of named moments
 
@@ -75,7 +76,7 @@ class Worker:
     def __post_init__(self) -> None:
         self._drained = False
         ensure_process_group()
-        self.ctx = RunContext(seed=self.recipe.seed, threads=self.recipe.data.loader_threads)
+        self.ctx = RunContext(seed=self.recipe.seed, threads=self.recipe.data.loader_threads, beat=self.hooks.beat)
         self.meter = Meter(self.ctx, self.recipe.training.log_every, self._record)
         training = self.recipe.training
         self.writer: checkpoints.Writer | None = None
@@ -200,6 +201,7 @@ class Worker:
             terms, outputs = run_step(engine, module, batch)
             stage.after_step(self.model, outputs, batch, self.ctx)
             progress = replace(progress, step=progress.step + 1, step_in_epoch=step_in_epoch + 1)
+            self.hooks.beat(progress.step)
             self.hooks.marks.setdefault("first_step", time.time())
             self.meter.add(progress.step, progress.stage, progress.epoch, rate, total_rows, terms)
             self.bar.update()

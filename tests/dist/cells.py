@@ -32,7 +32,11 @@ def train_toy(
 
 
 def train_recipe(
-    mapping: dict[str, Any], run_uri: str | None = None, stop_at: int | None = None, drain_at: int | None = None
+    mapping: dict[str, Any],
+    run_uri: str | None = None,
+    stop_at: int | None = None,
+    drain_at: int | None = None,
+    attempt: int = 1,
 ) -> dict[str, Any]:
     """Train a recipe of any method on packed tables; losses of every step and the final weights. `drain_at`: from that step on a
     node is announced to be taken away."""
@@ -47,7 +51,7 @@ def train_recipe(
     hooks = Hooks(should_stop=lambda: stop_at is not None and worker.losses[-1]["step"] >= stop_at)
     hooks.preempted = lambda: drain_at is not None and worker.losses[-1]["step"] >= drain_at
     hooks.evaluate = evaluator(recipe, prepared)
-    run = Run.attach(run_uri, 1) if run_uri else None
+    run = Run.attach(run_uri, attempt) if run_uri else None
     worker = make_worker(recipe, prepared, run, hooks)
     progress: Progress | None = None
     with contextlib.suppress(Stopped):

@@ -6,15 +6,10 @@ Every fault must end as retried and right, or refused; a torn publish is never t
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlparse
 
 import numpy as np
 import pytest
@@ -25,96 +20,18 @@ from reid_dist.storage import AlreadyExists, CorruptionError, StorageError, publ
 from reid_dist.storage import s3 as s3_module
 from reid_dist.storage.cache import NodeCache
 from reid_dist.storage.retry import RetryPolicy
+from tests.faultproxy import FaultProxy, between
 from tests.s3server import S3Server, s3  # noqa: F401 - the fixture
 from tests.tables import jpeg, write_table
 
 QUICK = RetryPolicy(tries=8, base_s=0.01, cap_s=0.05, deadline_s=30, connect_s=2, read_s=1)
 
 
-class FaultProxy:
-    """TCP proxy that closes every connection after one exchange; `next_fault` decides what happens to it."""
-
-    def __init__(self, target: str) -> None:
-        place = urlparse(target)
-        self.target = (place.hostname, place.port)
-        self.faults: list[str] = []  # taken from the front, one per connection; empty: none
-        self.lock = threading.Lock()
-        self.used: list[str] = []
-        self.server = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.server.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self.server.accept()
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with self.lock:
-            fault = self.faults.pop(0) if self.faults else ""
-            self.used.append(fault)
-        with contextlib.suppress(OSError), client, socket.create_connection(self.target) as server:
-            if fault == "drop":
-                return
-            if fault == "stall":
-                time.sleep(QUICK.read_s * 2)
-                return
-            if fault == "500":
-                _request(client)
-                client.sendall(b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-                return
-            request = _request(client)
-            if fault == "corrupt-request":
-                request = _flip(request)
-            server.sendall(request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
-            answer = b""
-            while data := server.recv(65536):
-                answer += data
-            if fault == "lose-answer":
-                return
-            if fault == "truncate":
-                answer = answer[: -max(1, len(answer.partition(b"\r\n\r\n")[2]) // 2)]
-            if fault == "corrupt-answer":
-                answer = _flip(answer)
-            client.sendall(answer)
-
-    def close(self) -> None:
-        self.server.close()
-
-
-def _request(client: socket.socket) -> bytes:
-    """One whole HTTP request with a Content-Length."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        data += client.recv(65536)
-    head, _, body = data.partition(b"\r\n\r\n")
-    lines = {k.strip().lower(): v.strip() for k, _, v in (line.partition(b":") for line in head.split(b"\r\n")[1:])}
-    if lines.get(b"expect", b"").lower() == b"100-continue":
-        client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        head = b"\r\n".join(line for line in head.split(b"\r\n") if not line.lower().startswith(b"expect"))
-    while len(body) < int(lines.get(b"content-length", b"0")):
-        body += client.recv(65536)
-    return head + b"\r\n\r\n" + body
-
-
-def _flip(message: bytes) -> bytes:
-    """One bit of the body flipped."""
-    head, _, body = message.partition(b"\r\n\r\n")
-    if not body:
-        return message
-    changed = bytearray(body)
-    changed[len(changed) // 2] ^= 1
-    return head + b"\r\n\r\n" + bytes(changed)
-
-
 @pytest.fixture
-def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:  # noqa: F811
+def proxy(s3: S3Server) -> Iterator[FaultProxy]:  # noqa: F811
     """The proxy stands where the AWS variables point to."""
-    between = FaultProxy(s3.endpoint)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", between.url)
-    yield between
-    between.close()
+    with between(s3.endpoint, QUICK.read_s * 2) as proxy:
+        yield proxy
 
 
 @pytest.fixture
@@ -122,7 +39,7 @@ def store(s3: S3Server, proxy: FaultProxy) -> s3_module.S3Store:  # noqa: F811
     return s3_module.S3Store(*s3_module.parse_s3(s3.uri), QUICK)
 
 
-FAULTS = ["drop", "stall", "500", "truncate", "lose-answer"]
+FAULTS = ["drop", "stall", "500", "503", "cut-request", "truncate", "lose-answer"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -161,7 +78,7 @@ def test_corrupted_upload_is_never_taken_for_good(store: s3_module.S3Store, prox
     """A server that checks Content-MD5 refuses it at once; moto does not, so here the reader must find it."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "w").write_bytes(os.urandom(50_000))
-    proxy.faults = ["corrupt-request"]
+    proxy.on("corrupt-request", "PUT", "/w")
     publish.publish_folder(store, "c/step-00000001", tmp_path / "in")
     proxy.faults = []
     with pytest.raises((CorruptionError, StorageError)):

@@ -14,8 +14,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -30,13 +32,53 @@ def free_port() -> int:
             return port
 
 
+class Node:
+    """One Ray node of this machine: `ray start --block` and all that it started."""
+
+    def __init__(self, words: list[str], environment: dict[str, str], log: Path) -> None:
+        self.id = secrets.token_hex(28)
+        self.log = log
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                [str(BIN / "ray"), "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats",
+                 f"--dashboard-agent-listen-port={free_port()}", *words],
+                env={**environment, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": self.id}, stdout=stream,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def pids(self) -> list[int]:
+        """Of everything that runs on the node."""
+        try:
+            return [self.process.pid, *(p.pid for p in psutil.Process(self.process.pid).children(recursive=True))]
+        except psutil.NoSuchProcess:
+            return []
+
+    def kill(self) -> None:
+        """As if the machine lost its power: all its processes at once, by kill -9."""
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def end(self) -> None:
+        """SIGTERM to its own process ends all it started; a job that trained leaves an actor that ends only with its head."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
 @dataclass
 class Head:
-    """A running head: `environment` is what a client needs."""
+    """A running head: `environment` is what a client needs, `address` what a driver and another node connect to."""
 
     dashboard: str
     environment: dict[str, str]
-    address: str
+    address: str = ""
+    folder: Path = Path()
+    node: Node | None = None
+    nodes: list[Node] = field(default_factory=list)
 
     @property
     def client(self) -> dict[str, str]:
@@ -51,10 +93,36 @@ class Head:
             cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
 
+    def add(self, num_cpus: int = 1) -> Node:
+        """One more node. One whose agents are not up within Ray's 15 s (on a busy machine) is started again, as in a fleet."""
+        for _ in range(5):
+            node = self._start(num_cpus)
+            while node.process.poll() is None and "Ray runtime started" not in node.log.read_text():
+                time.sleep(0.3)
+            if node.process.poll() is None:
+                return node
+            self.nodes.remove(node)
+        raise AssertionError(f"no node came up: {node.log.read_text()[-2000:]}")
+
+    def _start(self, num_cpus: int) -> Node:
+        words = [f"--address={self.address}", f"--num-cpus={num_cpus}", "--object-store-memory=100000000"]
+        node = Node(words, self.environment, self.folder / f"node-{secrets.token_hex(3)}.log")
+        self.nodes.append(node)
+        return node
+
+    def drain(self, node: Node, deadline_s: int) -> None:
+        """Announce that a node will be taken away, as a cloud does with a spot machine."""
+        command = ["drain-node", "--address", self.address, "--node-id", node.id, "--reason",
+                   "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds"]  # fmt: skip
+        done = subprocess.run(
+            [str(BIN / "ray"), *command, str(deadline_s)], env=self.environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
 
 @contextmanager
 def head(num_cpus: int = 4, **variables: str) -> Iterator[Head]:
-    """Start one and end it (SIGTERM to its own process, which ends all it started). `variables`: more for its environment."""
+    """Start one and end it with its nodes. `variables`: more for the environment of all their processes."""
     folder = Path(tempfile.mkdtemp(prefix="reid-head-", dir="/tmp"))
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
@@ -65,32 +133,25 @@ def head(num_cpus: int = 4, **variables: str) -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_JOB_STOP_WAIT_TIME_S": "60",
+        "RAY_raylet_start_wait_time_s": "45",
         "PATH": f"{BIN}:{os.environ['PATH']}",
         **variables,
     }
-    log = (folder / "head.log").open("w")
-    process = subprocess.Popen(
-        [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--port=0",
-         f"--temp-dir={folder}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
-         f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
-         f"--num-cpus={num_cpus}", "--object-store-memory=200000000", "--disable-usage-stats"],
-        env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+    words = ["--head", "--port=0", f"--temp-dir={folder}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
+             f"--ray-client-server-port={free_port()}", f"--num-cpus={num_cpus}", "--object-store-memory=200000000"]  # fmt: skip
+    node = Node(words, environment, folder / "head.log")
+    running = Head(f"http://127.0.0.1:{port}", environment, folder=folder, node=node)
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while not (folder / "ray_current_cluster").exists() or not _answers(port):
-            assert process.poll() is None, (folder / "head.log").read_text()[-2000:]
-            assert time.monotonic() < deadline, "the head did not come up in 90 s"
+            assert node.process.poll() is None, node.log.read_text()[-2000:]
+            assert time.monotonic() < deadline, "the head did not come up in 180 s"
             time.sleep(0.5)
-        yield Head(f"http://127.0.0.1:{port}", environment, (folder / "ray_current_cluster").read_text().strip())
+        running.address = (folder / "ray_current_cluster").read_text().strip()
+        yield running
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=10)  # a job that trained leaves an actor that ends only with its head
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        log.close()
+        for each in [*running.nodes, node]:
+            each.end()
         shutil.rmtree(folder, ignore_errors=True)
 
 

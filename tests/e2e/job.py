@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -17,14 +17,15 @@ from tests.worlds import read_record
 
 
 class Job:
-    """`python -m <words>`; with its own private Ray, or the cluster that `environment` names (Head.client)."""
+    """`python -m <words>`; with its own private Ray, or the cluster that `environment` names (Head.client). `before`: the words
+    of a command that submits it."""
 
-    def __init__(self, *words: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, *words: str, environment: Mapping[str, str] | None = None, before: Sequence[str] = ()) -> None:
         if environment is None:
             environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would block the job
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *words],
+            [*before, sys.executable, "-m", *words],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=self.log, text=True,
         )  # fmt: skip
 
@@ -38,6 +39,11 @@ class Job:
         """What stands on stderr so far."""
         self.log.seek(0)
         return self.log.read()
+
+    def ended(self) -> str:
+        """Why it ended; empty while it runs."""
+        code = self.process.poll()
+        return "" if code is None else f"the job ended with {code}: {self.said()[-2500:]}"
 
     def wait_for(self, condition: Callable[[], bool], timeout: float = 200, period: float = 0.3) -> None:
         deadline = time.monotonic() + timeout

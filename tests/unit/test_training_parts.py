@@ -67,6 +67,36 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_good_one(run: Run, cap
     assert "does not verify" in caplog.text
 
 
+def test_what_a_killed_publisher_left_is_removed_by_the_next(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = checkpoints.Writer(run, keep_last=2, keep_best=0, score="rank1")
+    writer.save(snapshot(10))
+    writer.close()
+    for left in (
+        "step-00000010/dead/model.safetensors",
+        "step-00000020/dead/model.safetensors",
+        "step-00000020/dead/.tmp-x",
+    ):
+        run.store.write(f"checkpoints/{left}", b"half")
+    whole = sorted(run.store.list("checkpoints/step-00000010/"), key=lambda entry: entry.key)
+    checkpoints.Writer(run, keep_last=2, keep_best=0, score="rank1").close()
+    kept = {Path(path).parent.name for path in Path(run.uri).rglob("checkpoints/**/*") if path.is_file()}
+    assert "dead" not in kept
+    assert [e.key for e in run.store.list("checkpoints/")] == [e.key for e in whole if "dead" not in e.key]
+    run.store.write("checkpoints/step-00000010/COMMITTED", b"{torn")
+    checkpoints.Writer(run, keep_last=2, keep_best=0, score="rank1").close()  # must not end a run
+
+
+def test_a_retired_checkpoint_loses_its_marker_first(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a kill in the middle leaves an orphan and not a committed folder without its files."""
+    writer = checkpoints.Writer(run, keep_last=1, keep_best=0, score="rank1")
+    writer.save(snapshot(10))
+    writer.wait()
+    monkeypatch.setattr(type(run.store), "delete_tree", lambda self, prefix: None)  # killed before the files went
+    writer.save(snapshot(20))
+    writer.close()
+    assert [c["step"] for c in run.checkpoints() if c["kept"]] == [20]
+
+
 def test_out_of_memory_names_the_knobs() -> None:
     readable = out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RECIPE)
     assert isinstance(readable, UserError)
