@@ -19,6 +19,7 @@ from typing import Any
 from jobs._job import refuse_unknown_flags, run_job, split_words
 from reid_dist.errors import UserError
 from reid_dist.runs import Run
+from reid_dist.runs.failures import collateral
 from reid_dist.storage import Entry
 
 logger = logging.getLogger("reid_dist.jobs")
@@ -27,11 +28,7 @@ USAGE = __doc__ or ""
 _LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3})Z (DEBUG|INFO|WARNING|ERROR|CRITICAL) (\S+): (.*)")
 _LOG = re.compile(r"logs/attempt-(\d{4,})/(driver|rank-(\d+))(?:\.(\d+))?\.log")
 _ENDED = "ended by "
-# How a healthy rank dies of another one's death.
-_COLLATERAL = re.compile(
-    r"connection (closed|reset|refused)|closed by peer|broken pipe|socket|timed? ?out|gloo|nccl|heartbeat|ActorDied|preempt",
-    re.IGNORECASE,
-)
+_STACKS = re.compile(r"logs/attempt-\d{4,}/stacks-rank-\d+\.\d+\.txt")
 _FROM_OUTSIDE = ("SystemExit", "KeyboardInterrupt", "Terminated", "Stopped")
 SKEW_S = 5.0
 
@@ -70,7 +67,7 @@ class Log:
         """Whether it ended by an error of its own: not of another rank's death, not because somebody ended it."""
         ends = [text for _, level, text in self.lines if level == "ERROR" and text.startswith(_ENDED)]
         kind = ends[0].splitlines()[0].removeprefix(_ENDED).strip() if ends else ""
-        return bool(ends) and kind not in _FROM_OUTSIDE and not _COLLATERAL.search(ends[0].splitlines()[-1])
+        return bool(ends) and kind not in _FROM_OUTSIDE and not collateral(ends[0].splitlines()[-1])
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -144,6 +141,8 @@ def read_logs(run: Run) -> tuple[list[Log], list[str]]:
     logs, notices = [], []
     for entry in run.store.list("logs/"):
         match = _LOG.fullmatch(entry.key)
+        if match is None and _STACKS.fullmatch(entry.key):
+            continue  # its note is on the time line
         if match is None:
             notices.append(f"{entry.key} lies beside the logs ({entry.size} bytes)")
             continue
@@ -206,6 +205,11 @@ def note_events(run: Run) -> Iterator[Event]:
             text = f"checkpoint of step {note['step']} committed, {note['size'] / 1e6:.1f} MB"
         elif note["kind"] == "restart":
             text = f"restart from step {note['step']}: {note['reason']}"
+        elif note["kind"] == "hang":
+            told = "waits for the others" if note["waiting"] else "stands"
+            text = f"rank {note['rank']} hangs after step {note['step']}: {told} {note['where']}; {note['stacks']}"
+        elif note["kind"] == "failure":
+            text = f"rank {note['rank']} failed at step {note['step']}: {note['error']}"
         else:
             facts = {key: value for key, value in note.items() if key not in ("kind", "attempt", "time")}
             text = f"{note['kind']} {json.dumps(facts, default=str)}"
@@ -278,7 +282,8 @@ def first_failing(ranks: list[Log]) -> dict[str, Any] | None:
 
 
 def untold(run: Run, told: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The restarts whose rank cannot be named, because all ranks of that start fell silent: what the driver noted instead."""
+    """The restarts after which no log names a rank, because all of that start fell silent: the rank that the watchdog found
+    hanging, or what the driver noted."""
     counted: dict[int, int] = {}
     missing = []
     for note in run.notes():
@@ -288,10 +293,21 @@ def untold(run: Run, told: list[dict[str, Any]]) -> list[dict[str, Any]]:
         counted[attempt] = counted.get(attempt, 0) + 1
         if any((failure["attempt"], failure["start"]) == (attempt, counted[attempt]) for failure in told):
             continue
+        hung = _hung(run, attempt, counted[attempt])
         facts = {"attempt": attempt, "start": counted[attempt], "rank": None, "who": "a rank that left no word"}
-        cause = {"time": note["time"], "utc": stamp(note["time"]), "cause": note["reason"], "certain": False}
+        if hung:
+            facts |= {"rank": hung["rank"], "who": f"rank {hung['rank']}"}
+        cause = {"time": note["time"], "utc": stamp(note["time"]), "cause": note["reason"], "certain": bool(hung)}
         missing.append({**facts, **cause})
     return missing
+
+
+def _hung(run: Run, attempt: int, start: int) -> dict[str, Any] | None:
+    """The watchdog's note about the rank for which the others waited."""
+    for note in run.notes():
+        if note["kind"] == "hang" and (note["attempt"], note["start"]) == (attempt, start) and not note["waiting"]:
+            return note
+    return None
 
 
 if __name__ == "__main__":

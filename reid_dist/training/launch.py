@@ -228,7 +228,6 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     """One Ray Train worker: everything it needs comes from `config` and storage."""
     marks = {"worker": time.time()}
     import ray.train
-    import torch
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it repeats every reported metric
@@ -274,17 +273,20 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
             if readable:
                 raise readable from error
             raise
-    if rank != 0:
-        return None
-    device = str(worker.device)
-    peak = torch.cuda.max_memory_allocated() if worker.device.type == "cuda" else 0
+    return _summary(worker, progress.step, marks) if rank == 0 else None
+
+
+def _summary(worker: Worker, steps: int, marks: dict[str, float]) -> dict[str, Any]:
+    """What rank 0 tells the driver at the end."""
+    import torch
+
     return {
-        "steps": progress.step,
-        "num_workers": context.get_world_size(),
+        "steps": steps,
+        "num_workers": worker.ctx.world_size,
         "metrics": worker.metrics,
         "last": worker.losses[-1] if worker.losses else {},
-        "device": device,
-        "peak_gpu_bytes": peak,
+        "device": str(worker.device),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if worker.device.type == "cuda" else 0,
         "marks": marks,
     }
 

@@ -152,4 +152,5 @@ def standing(text: str) -> tuple[bool, str]:
 
 
 if __name__ == "__main__":
-    guard(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:7]), float(sys.argv[7]))
+    process, stacks_at, run_at, attempt_of, rank_of, start_of, limit = sys.argv[1:]
+    guard(int(process), Path(stacks_at), run_at, int(attempt_of), int(rank_of), int(start_of), float(limit))

@@ -173,7 +173,9 @@ class Chain:
 
 
 @contextmanager
-def chain(folder: Path, tables: Path, steps: int, nodes: int = 2) -> Iterator[tuple[Chain, dict]]:
+def chain(
+    folder: Path, tables: Path, steps: int, nodes: int = 2, dashboard: bool = False
+) -> Iterator[tuple[Chain, dict]]:
     """(the run, begun; the weights that it must end with)."""
     length = [word.format(steps=steps) for word in LENGTH]
     faults = Faults(folder / "faults")
@@ -183,7 +185,9 @@ def chain(folder: Path, tables: Path, steps: int, nodes: int = 2) -> Iterator[tu
         with ExitStack() as clusters:
 
             def another() -> Head:
-                cluster = clusters.enter_context(head(0, OMP_NUM_THREADS="1", **timing, **faults.environment))
+                cluster = clusters.enter_context(
+                    head(0, dashboard, OMP_NUM_THREADS="1", **timing, **faults.environment)
+                )
                 for _ in range(nodes):
                     cluster.add(2)
                 return cluster
@@ -209,7 +213,7 @@ def cluster(folder: Path, tables: Path) -> list[Row]:
 
 def stops(folder: Path, tables: Path) -> list[Row]:
     """Ctrl-C, `ray job stop`, and the loss of the whole cluster."""
-    with chain(folder, tables, steps=40, nodes=1) as (run, weights):
+    with chain(folder, tables, steps=40, nodes=1, dashboard=True) as (run, weights):
         run.interrupted(5)
         run.job_stopped(14)
         run.head_killed(25)

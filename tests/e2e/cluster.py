@@ -102,7 +102,7 @@ class Head:
             if node.process.poll() is None:
                 return node
             self.nodes.remove(node)
-        raise AssertionError(f"no node came up: {node.log.read_text()[-2000:]}")
+        raise AssertionError(f"no node came up: {node.log.read_text()[-600:]}")
 
     def _start(self, num_cpus: int) -> Node:
         words = [f"--address={self.address}", f"--num-cpus={num_cpus}", "--object-store-memory=100000000"]
@@ -121,8 +121,9 @@ class Head:
 
 
 @contextmanager
-def head(num_cpus: int = 4, **variables: str) -> Iterator[Head]:
-    """Start one and end it with its nodes. `variables`: more for the environment of all their processes."""
+def head(num_cpus: int = 4, dashboard: bool = True, **variables: str) -> Iterator[Head]:
+    """Start one and end it with its nodes. `variables`: more for the environment of all their processes. Without a dashboard
+    (a dozen processes less) nothing can be submitted."""
     folder = Path(tempfile.mkdtemp(prefix="reid-head-", dir="/tmp"))
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
@@ -133,18 +134,20 @@ def head(num_cpus: int = 4, **variables: str) -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_JOB_STOP_WAIT_TIME_S": "60",
-        "RAY_raylet_start_wait_time_s": "45",
+        "RAY_raylet_start_wait_time_s": "60",
         "PATH": f"{BIN}:{os.environ['PATH']}",
         **variables,
     }
     words = ["--head", "--port=0", f"--temp-dir={folder}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
              f"--ray-client-server-port={free_port()}", f"--num-cpus={num_cpus}", "--object-store-memory=200000000"]  # fmt: skip
+    if not dashboard:
+        words.append("--include-dashboard=false")
     node = Node(words, environment, folder / "head.log")
     running = Head(f"http://127.0.0.1:{port}", environment, folder=folder, node=node)
     try:
         deadline = time.monotonic() + 180
-        while not (folder / "ray_current_cluster").exists() or not _answers(port):
-            assert node.process.poll() is None, node.log.read_text()[-2000:]
+        while not (folder / "ray_current_cluster").exists() or (dashboard and not _answers(port)):
+            assert node.process.poll() is None, node.log.read_text()[-600:]
             assert time.monotonic() < deadline, "the head did not come up in 180 s"
             time.sleep(0.5)
         running.address = (folder / "ray_current_cluster").read_text().strip()

@@ -97,6 +97,24 @@ def test_ranks_that_left_no_word_are_told_by_the_driver(run: Run) -> None:
     assert (first["rank"], first["certain"], first["cause"]) == (None, False, "the node died unexpectedly")
 
 
+def test_a_hang_is_told_by_the_watchdog(run: Run) -> None:
+    log(run, "rank-0", (1, "INFO", "begins"))
+    log(run, "rank-1", (1, "INFO", "begins"))
+    key = "logs/attempt-0001/stacks-rank-{}.1.txt"
+    for rank, waiting in ((0, True), (1, False)):
+        facts = {"start": 1, "step": 7, "seconds": 300.0, "stacks": key.format(rank), "where": f"in f{rank} (x.py:1)"}
+        run.note("hang", rank=rank, waiting=waiting, **facts)
+        run.store.write(key.format(rank), b"...")
+    run.note_restart(reason="rank 1 stopped answering in f1 (x.py:1)", step=6)
+    record = main([run.uri])
+    first = record["first_failing"]
+    assert (first["rank"], first["certain"], first["cause"]) == (1, True, "rank 1 stopped answering in f1 (x.py:1)")
+    told = " | ".join(event["what"] for event in record["timeline"])
+    assert "rank 0 hangs after step 7: waits for the others in f0 (x.py:1)" in told
+    assert "rank 1 hangs after step 7: stands in f1 (x.py:1); logs/attempt-0001/stacks-rank-1.1.txt" in told
+    assert record["notices"] == []
+
+
 def test_healthy_and_stopped_runs_name_nobody(run: Run) -> None:
     log(run, "rank-0", (1, "INFO", "begins"), (2, "INFO", "done"))
     assert main([run.uri])["first_failing"] is None
