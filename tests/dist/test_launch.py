@@ -76,7 +76,8 @@ def test_what_another_try_cannot_mend_ends_at_once(run: Run, monkeypatch: pytest
 
 
 def test_a_hang_is_the_reason_that_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    run.note("hang", rank=1, start=1, step=6, seconds=300.0, waiting=False, where="in read (store.py:7)", stacks="logs/x")
+    next_one = Run.attach(run.uri, 2)
+    next_one.note("hang", rank=1, start=1, step=6, seconds=300.0, waiting=False, where="in read (store.py:7)", stacks="logs/x")
     assert fit(run, monkeypatch, [([DEATH, DEATH], {}), {"steps": 20}]) == {"steps": 20}
     (note,) = [note for note in run.notes() if note["kind"] == "restart"]
     assert "rank 1 stopped answering in read (store.py:7)" in note["reason"]
