@@ -9,19 +9,19 @@ K chunks of Q tokens. All chunks of a segment advance together, so a segment cos
 2. carry   h_in[k+1] = added[k] + exp(A * sum of s over chunk k) * h_in[k]     (exact: the decays multiply);
 3. seed    every chunk again from its h_in, now keeping h.
 
-The backward pass does the same from the stored state at each segment's start (one in K * Q tokens) and then, right to
-left, on the adjoint:
+The states that enter the chunks are kept for the backward pass (one in Q tokens), which seeds h from them and takes the
+same three steps, right to left, on the adjoint:
 
     lam_t = g_t C_t + exp(s_{t+1} A) lam_{t+1};   dC = g h;  dB = lam s u;  d(s u) = B . lam;
     w_t = lam_t exp(s_t A) h_{t-1};   ds = A . w + u (B . lam);   dA = sum_t s_t w_t.
 
 Exponents are never positive, so nothing overflows whatever the step sizes are. Some rows of the batch and a range of
 channels (a strip) are worked on at a time, as many as fill a buffer; softplus, skip and gate are done strip by strip, too,
-and a strip's segments share three buffers that stay in a core's cache. Beyond inputs, outputs and their gradients, memory
-is the stored states, what entered the gate, these buffers and a dozen arrays of one strip.
+and a strip's segments share three buffers. Beyond inputs, outputs and their gradients, memory is the kept states, what
+entered the gate, these buffers and a dozen arrays of one strip.
 
-Shapes: b batch, d channels, n states, l length, T the length padded to whole segments, r rows and w channels of a strip;
-inside a segment (Q, K, r, n, w): channels last, since torch vectorises the last axis and step sizes differ by channel.
+Shapes: b batch, d channels, n states, l length, t tokens of a segment, r rows and w channels of a strip. Inside a segment
+arrays are [t, r, n, w]: channels last, since torch vectorises the last axis and step sizes differ by channel.
 """
 
 from __future__ import annotations
@@ -54,35 +54,29 @@ class _Cut:
     spans: tuple[slice, ...]
 
     @property
-    def padded(self) -> int:
-        """T."""
-        return self.segments * self.chunks * self.chunk
+    def segment(self) -> int:
+        """t: tokens of a segment."""
+        return self.chunk * self.chunks
 
-    def lay(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[r, f, l] -> [r, T, f] in `dtype`; the zeros behind the end keep the state and add nothing."""
-        laid = torch.empty(len(x), self.padded, x.shape[1], dtype=dtype, device=x.device)
-        for target, source in zip(laid, x, strict=True):  # torch transposes matrices fast, and nothing else
+    def lay(self, x: Tensor) -> Tensor:
+        """[r, f, l] -> [segments, t, r, f]; the zeros behind the end keep the state and add nothing."""
+        padded = x.new_empty(len(x), self.segments * self.segment, x.shape[1])
+        for target, source in zip(padded, x, strict=True):  # torch transposes matrices fast, and nothing else
             target[: self.length] = source.T
-        laid[:, self.length :] = 0
-        return laid
+        padded[:, self.length :] = 0
+        return padded.transpose(0, 1).contiguous().unflatten(0, (self.segments, self.segment))
 
     def plain(self, laid: Tensor) -> Tensor:
-        """The inverse of `lay`: [r, T, f] -> [r, f, l]."""
-        x = laid.new_empty(len(laid), laid.shape[2], self.length)
-        for target, source in zip(x, laid, strict=True):
+        """The inverse of `lay`."""
+        padded = laid.flatten(0, 1).transpose(0, 1).contiguous()
+        x = laid.new_empty(len(padded), padded.shape[2], self.length)
+        for target, source in zip(x, padded, strict=True):
             target.copy_(source[: self.length].T)
         return x
 
-    def segment(self, x: Tensor, number: int) -> Tensor:
-        """View [Q, K, r, 1, f] of one segment of a laid out [r, T, f]."""
-        size = self.chunks * self.chunk
-        part = x[:, number * size : (number + 1) * size]
-        return part.unflatten(1, (self.chunks, self.chunk)).permute(2, 1, 0, 3).unsqueeze(3)
-
-    def flat(self, x: Tensor, number: int) -> Tensor:
-        """[Q, K, r, f] of a segment -> [r, t, f], t being what of it lies before the end."""
-        size = self.chunks * self.chunk
-        return x.permute(2, 1, 0, 3).flatten(1, 2)[:, : self.length - number * size]
+    def chunked(self, x: Tensor) -> Tensor:
+        """View [K, Q, ...] of a segment [t, ...]."""
+        return x.unflatten(0, (self.chunks, self.chunk))
 
 
 def _pieces(total: int, size: int) -> tuple[slice, ...]:
@@ -99,80 +93,116 @@ def _cut(batch: int, length: int, channels: int, states: int, itemsize: int) -> 
     return _Cut(chunk, chunks, length, -(-length // segment), rows, _pieces(channels, width))
 
 
+class _Mixing:
+    """B or C for some rows and channels, segment by segment, and how it contracts a segment's [t, r, n, w].
+
+    Of a sequence [r, n, l] `full` is [t, r, n, 1], of a constant [w, n] a view [t, 1, n, w].
+    """
+
+    def __init__(self, cut: _Cut, given: Tensor) -> None:
+        self.constant = given.dim() == 2
+        self.laid = given.T.contiguous() if self.constant else cut.lay(given)
+        if self.constant:
+            self.full = [self.laid.expand(cut.segment, 1, -1, -1)] * cut.segments
+        else:
+            self.full = list(self.laid.unsqueeze(-1).unbind(0))
+
+    def over_states(self, number: int, x: Tensor, out: Tensor) -> None:
+        """sum_n of this times x [t, r, n, w] -> out [t, r, w]."""
+        if self.constant:
+            torch.sum(self.full[number] * x, 2, out=out)
+        else:
+            torch.bmm(self.full[number].flatten(0, 1).mT, x.flatten(0, 1), out=out.flatten(0, 1).unsqueeze(1))
+
+    def over_channels(self, number: int, x: Tensor, g: Tensor, total: Tensor) -> None:
+        """Add to the gradient of `laid`, `total`: x [t, r, n, w], g [t, r, 1, w]."""
+        if self.constant:
+            total += (x * g).sum((0, 1))
+        else:
+            total[number].flatten(0, 1).unsqueeze(-1).baddbmm_(x.flatten(0, 1), g.flatten(0, 1).mT)
+
+
 class _Room:
     """Buffers of one strip's width, used again by every segment (fresh ones would cost more in page faults than the
     arithmetic), and the views that the steps need, made once.
 
-    a decays, lam adjoint [Q, K, r, n, w]; h states [Q + 1, K, r, n, w], slot 0 what enters; the chunk-to-chunk
-    parts [K - 1, r, n, w]. `first` are views without the last chunk, `rest` without the first.
+    a decays, lam adjoint [t, r, n, w]; h states [t + 1, r, n, w], slot i what enters token i; `_at` lists of views
+    [K, r, n, w], one per place in a chunk; `first` views without the last chunk, `rest` without the first; the
+    chunk-to-chunk parts [K - 1, r, n, w].
     """
 
     def __init__(self, cut: _Cut, lanes: tuple[int, ...], like: Tensor, backward: bool) -> None:
-        self.lanes = lanes  # (r, n, w)
-        shape = (cut.chunks, *lanes)
-        self.a = like.new_empty(cut.chunk, *shape)
-        self.h = like.new_empty(cut.chunk + 1, *shape)
-        self.added = like.new_empty(cut.chunks - 1, *lanes)
-        self.decay = like.new_empty(cut.chunks - 1, *lanes)
-        self.a_at, self.h_at = self.a.unbind(0), self.h.unbind(0)
-        self.a_first, self.h_first = [a[:-1] for a in self.a_at], [h[:-1] for h in self.h_at[1:]]
-        self.entering = self.h_at[0].unbind(0)
+        self.cut, self.lanes = cut, lanes  # (r, n, w)
+        self.a = like.new_empty(cut.segment, *lanes)
+        self.h = like.new_empty(cut.segment + 1, *lanes)
+        self.h_in, self.h_out = self.h[:-1], self.h[1:]
+        self.entering = self.h_in[:: cut.chunk]  # [K, r, n, w]
+        self.a_at, self.h_at = (cut.chunked(m).unbind(1) for m in (self.a, self.h_out))
+        self.a_first, self.h_first = ([m[:-1] for m in every] for every in (self.a_at, self.h_at))
+        self.added, self.decay = (like.new_empty(cut.chunks - 1, *lanes) for _ in range(2))
         self.links = list(zip(self.added.unbind(0), self.decay.unbind(0), strict=True))
         if backward:
             self.lam = torch.empty_like(self.a)
-            self.lam_at = self.lam.unbind(0)
-            self.a_rest, self.lam_rest = [a[1:] for a in self.a_at], [x[1:] for x in self.lam_at]
-            self.arriving = like.new_empty(shape)
-            self.arriving_at = self.arriving.unbind(0)
+            self.lam_at = cut.chunked(self.lam).unbind(1)
+            self.a_rest, self.lam_rest = ([m[1:] for m in every] for every in (self.a_at, self.lam_at))
+            self.arriving = like.new_empty(cut.chunks, *lanes)
+            self.rates = like.new_empty(1, lanes[1] * lanes[2])
+            self.ones = like.new_ones(1, cut.segment * lanes[0])  # a product adds rows faster than sum does
 
-    def states(self, s: Tensor, x: Tensor, rate: Tensor, B: Tensor, start: Tensor) -> None:
-        """Fill a and h of a segment: s, x = s * u [Q, K, r, 1, w], rate = A log2(e) [n, w], B [Q, K, r, n, 1] or [n, w].
-        start: the state [r, n, w] at the segment's start (which may be a view of h)."""
-        self.entering[0].copy_(start)
-        torch.mul(s, rate, out=self.a).exp2_()  # torch's exp2 is three times as fast as its exp
-        torch.mul(x, B, out=self.h[1:])
-        if self.links:
-            self.added.copy_(self.h_first[0])
-            for adds, decay in zip(self.h_first[1:], self.a_first[1:], strict=True):
-                torch.addcmul(adds, decay, self.added, out=self.added)
-            torch.mul(s.sum(0)[:-1], rate, out=self.decay).exp2_()
-            for k, (added, decay) in enumerate(self.links):
-                torch.addcmul(added, decay, self.entering[k], out=self.entering[k + 1])
-        for q, decay in enumerate(self.a_at):
-            self.h_at[q + 1].addcmul_(decay, self.h_at[q])
+    def prepare(self, s: Tensor, x: Tensor, rate: Tensor, B: Tensor) -> None:
+        """Fill a, and h with what each token adds: s, x = s * u [t, r, 1, w], rate = A log2(e) [n, w], B [t, r, n, 1]."""
+        torch.mul(s, rate, out=self.a).exp2_()  # torch's exp2 is several times as fast as its exp
+        torch.mul(x, B, out=self.h_out)
 
-    def adjoint(self, s: Tensor, g: Tensor, rate: Tensor, C: Tensor, start: Tensor) -> Tensor:
-        """Fill lam from g [Q, K, r, 1, w] and `start` [r, n, w], what the segment after sends back; returns what this one
-        sends."""
+    def enter(self, sums: Tensor, rate: Tensor) -> None:
+        """Fold and carry: the states that enter the chunks, from that of the first. sums [K, r, 1, w] of s over each."""
+        if not self.links:
+            return
+        last = self.h_first[0]
+        for adds, decay in zip(self.h_first[1:], self.a_first[1:], strict=True):
+            last = torch.addcmul(adds, decay, last, out=self.added)
+        if last is not self.added:
+            self.added.copy_(last)
+        torch.mul(sums[:-1], rate, out=self.decay).exp2_()
+        entering = self.entering.unbind(0)
+        for k, (added, decay) in enumerate(self.links):
+            torch.addcmul(added, decay, entering[k], out=entering[k + 1])
+
+    def seed(self) -> None:
+        """Run every chunk from `entering`; the last state of a chunk is what enters the next and stands there already."""
+        before = self.entering
+        for h, decay in zip(self.h_at[:-1], self.a_at[:-1], strict=True):
+            before = h.addcmul_(decay, before)
+        self.h[-1].addcmul_(self.a[-1], self.h[-2])
+
+    def adjoint(self, sums: Tensor, g: Tensor, rate: Tensor, C: Tensor, back: Tensor) -> None:
+        """Fill lam, and a with exp(s A) lam, from g [t, r, 1, w], C [t, r, n, 1] and `back` [r, n, w], what the segment
+        after sends; it becomes what this one sends."""
         torch.mul(g, C, out=self.lam)
-        self.arriving_at[-1].copy_(start)
+        arriving = self.arriving.unbind(0)
+        arriving[-1].copy_(back)
         if self.links:
-            self.added.copy_(self.lam_rest[-1])
-            for q in range(len(self.a_at) - 2, -1, -1):
-                torch.addcmul(self.lam_rest[q], self.a_rest[q + 1], self.added, out=self.added)
-            self.added.mul_(self.a_rest[0])
-            torch.mul(s.sum(0)[1:], rate, out=self.decay).exp2_()
+            first = self.lam_rest[-1]
+            for lam, decay in zip(self.lam_rest[-2::-1], self.a_rest[:0:-1], strict=True):
+                first = torch.addcmul(lam, decay, first, out=self.added)
+            torch.mul(first, self.a_rest[0], out=self.added)
+            torch.mul(sums[1:], rate, out=self.decay).exp2_()
             for k in range(len(self.links) - 1, -1, -1):
                 added, decay = self.links[k]
-                torch.addcmul(added, decay, self.arriving_at[k + 1], out=self.arriving_at[k])
+                torch.addcmul(added, decay, arriving[k + 1], out=arriving[k])
         self.lam_at[-1].add_(self.arriving)
-        for q in range(len(self.a_at) - 2, -1, -1):
-            self.lam_at[q].addcmul_(self.a_at[q + 1], self.lam_at[q + 1])
-        return self.a_at[0][0] * self.lam_at[0][0]
+        after = self.lam_at[-1]
+        for lam, decay in zip(self.lam_at[-2::-1], self.a_at[:0:-1], strict=True):
+            after = lam.addcmul_(decay, after)
+        self.a.mul_(self.lam)
+        back.copy_(self.a[0])
 
-
-def _over_states(weights: Tensor, x: Tensor) -> Tensor:
-    """sum_n weights x: weights [Q, K, r, n, 1] or [n, w], x [Q, K, r, n, w] -> [Q, K, r, 1, w]."""
-    if weights.dim() == 2:
-        return (weights * x).sum(-2, keepdim=True)
-    return weights.mT @ x
-
-
-def _over_channels(x: Tensor, g: Tensor, like: Tensor) -> Tensor:
-    """Gradient of B or C in its form: x [Q, K, r, n, w], g [Q, K, r, 1, w] -> [Q, K, r, n, 1] or [n, w]."""
-    if like.dim() == 2:
-        return (x * g).sum((0, 1, 2))
-    return x @ g.contiguous().mT  # strides (w, 1, w): as (w, 1, 1) the product takes eight times as long
+    def rates_of(self, s: Tensor, A: Tensor, ds: Tensor) -> None:
+        """With a = exp(s A) lam: w = a h_in; fill ds [t, r, w] with A . w and add s . w to `rates`. s [t, r, 1, w]."""
+        w = self.a.mul_(self.h_in)
+        torch.mul(w, A, out=self.lam)  # lam is not needed any more
+        torch.sum(self.lam, 2, out=ds)
+        self.rates.addmm_(self.ones, w.mul_(s).flatten(0, 1).flatten(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,47 +223,48 @@ class _Inputs:
 
 class _Strip:
     """Rows of the batch and a range of channels: u, raw (before softplus) and s [r, w, l] as given; s and x = s u laid out
-    time first [r, T, w]; A and rate = A log2(e) [n, w]; B, C of every segment [Q, K, r, n, 1], or [n, w] if constant."""
+    as segments [t, r, 1, w]; sums of s over chunks [K, r, 1, w]; A and rate = A log2(e) [n, w]."""
 
     def __init__(self, given: _Inputs, rows: slice, span: slice) -> None:
-        self.given, self.rows, self.span = given, rows, span
+        self.given, self.rows, self.span, cut = given, rows, span, given.cut
+        self.lanes = (rows.stop - rows.start, given.A.shape[1], span.stop - span.start)
         self.u, self.raw = self.part(given.u), self.part(given.delta)
         if given.bias is not None:
             self.raw = self.raw + given.bias[span, None]
         self.s = F.softplus(self.raw) if given.softplus else self.raw
-        self.laid_s, self.laid_x = (given.cut.lay(m, m.dtype) for m in (self.s, self.s * self.u))
+        laid_s, laid_x = (cut.lay(m).unsqueeze(-2) for m in (self.s, self.s * self.u))
+        self.laid_s, self.laid_x = laid_s.unbind(0), laid_x.unbind(0)
+        self.sums = laid_s.unflatten(1, (cut.chunks, cut.chunk)).sum(2).unbind(0)
         self.A = given.A[span].T.contiguous()
         self.rate = self.A * LOG2_E
-        self.B, self.C = (self._matrix(m) for m in (given.B, given.C))
+        self.B, self.C = (self._mixing(m) for m in (given.B, given.C))
 
-    def _matrix(self, m: Tensor) -> list[Tensor]:
-        cut = self.given.cut
-        if m.dim() == 2:
-            return [m[self.span].T] * cut.segments
-        laid = cut.lay(m[self.rows], self.given.A.dtype)
-        return [cut.segment(laid, i).mT for i in range(cut.segments)]
+    def _mixing(self, m: Tensor) -> _Mixing:
+        part = m[self.span] if m.dim() == 2 else m[self.rows]
+        return _Mixing(self.given.cut, part.to(self.given.A.dtype))
 
     def part(self, whole: Tensor) -> Tensor:
         """[b, d, l] -> [r, w, l] of this strip, in the type that is computed in."""
         return whole[self.rows, self.span].to(self.given.A.dtype)
 
-    def states(self, room: _Room, number: int, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Fill the room's a and h of a segment; returns its s and x [Q, K, r, 1, w]."""
-        s, x = (self.given.cut.segment(m, number) for m in (self.laid_s, self.laid_x))
-        room.states(s, x, self.rate, self.B[number], start)
-        return s, x
+    def empty(self) -> Tensor:
+        """[segments, t, r, w]"""
+        return self.A.new_empty(self.given.cut.segments, self.given.cut.segment, self.lanes[0], self.lanes[2])
 
     def outputs(self, room: _Room, entering: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(C . h + D u [r, w, l], last state [r, n, w]); fills entering [segments, r, n, w], the state at each start."""
-        laid, state = torch.empty_like(self.laid_x), self.u.new_zeros(room.lanes)
-        for i in range(self.given.cut.segments):
+        """(C . h + D u [r, w, l], last state [r, n, w]); fills entering [segments, K, r, n, w], the states at chunks' starts."""
+        laid = self.empty()
+        room.h[-1] = 0
+        for i, y in enumerate(laid.unbind(0)):
+            room.h[0].copy_(room.h[-1])
+            room.prepare(self.laid_s[i], self.laid_x[i], self.rate, self.B.full[i])
+            room.enter(self.sums[i], self.rate)
             if entering is not None:
-                entering[i] = state
-            self.states(room, i, state)
-            self.given.cut.segment(laid, i).copy_(_over_states(self.C[i], room.h[1:]))
-            state = room.h_at[-1][-1]
+                entering[i] = room.entering
+            room.seed()
+            self.C.over_states(i, room.h_out, y)
         y = self.given.cut.plain(laid)
-        return y if self.given.D is None else y.addcmul_(self.u, self.given.D[self.span, None]), state
+        return y if self.given.D is None else y.addcmul_(self.u, self.given.D[self.span, None]), room.h[-1]
 
 
 def _strips(given: _Inputs, backward: bool) -> Iterator[tuple[_Room, _Strip]]:
@@ -241,10 +272,10 @@ def _strips(given: _Inputs, backward: bool) -> Iterator[tuple[_Room, _Strip]]:
     for span in given.cut.spans:
         room: _Room | None = None
         for rows in given.cut.rows:
-            lanes = (rows.stop - rows.start, given.A.shape[1], span.stop - span.start)
-            if room is None or room.lanes != lanes:
-                room = _Room(given.cut, lanes, given.A, backward)
-            yield room, _Strip(given, rows, span)
+            strip = _Strip(given, rows, span)
+            if room is None or room.lanes != strip.lanes:
+                room = _Room(given.cut, strip.lanes, given.A, backward)
+            yield room, strip
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -264,11 +295,11 @@ class SelectiveScan(torch.autograd.Function):
         given = _Inputs(cut, u, delta, A, B, C, D, z, bias, softplus)
         out, last = torch.empty(u.shape, dtype=u.dtype, device=u.device), A.new_empty(batch, *A.shape)
         keep = any(ctx.needs_input_grad)
-        entering = A.new_empty(cut.segments, batch if keep else 0, states, channels)
+        entering = A.new_empty(cut.segments, cut.chunks, batch if keep else 0, states, channels)
         ungated = A.new_empty(batch if keep and z is not None else 0, channels, length)
         for room, strip in _strips(given, backward=False):
             rows, span = strip.rows, strip.span
-            y, state = strip.outputs(room, entering[:, rows, :, span] if keep else None)
+            y, state = strip.outputs(room, entering[:, :, rows, :, span] if keep else None)
             last[rows, span] = state.mT
             if z is not None:
                 if keep:
@@ -288,7 +319,7 @@ class SelectiveScan(torch.autograd.Function):
         for room, strip in _strips(given, backward=True):
             rows, span = strip.rows, strip.span
             y = None if given.z is None else ungated[rows, span]
-            result.add(room, strip, grads[0], entering[:, rows, :, span], y)
+            result.add(room, strip, grads[0], entering[:, :, rows, :, span], y)
         return result.u, result.delta, result.A, result.B, result.C, result.D, result.z, result.bias, None
 
 
@@ -304,19 +335,14 @@ class _Gradients:
         self.bias = None if given.bias is None else torch.zeros_like(given.bias)
 
     def add(self, room: _Room, strip: _Strip, grad: Tensor, entering: Tensor, y: Tensor | None) -> None:
-        """One strip. entering [segments, r, n, w]: the state at each one's start; y [r, w, l]: what entered the gate."""
+        """One strip. entering [segments, K, r, n, w]: the states at chunks' starts; y [r, w, l]: what entered the gate."""
         given, rows, span = self.given, strip.rows, strip.span
         g = strip.part(grad)
         if y is not None and given.z is not None and self.z is not None:
             z = strip.part(given.z)
             self.z[rows, span] = torch.ops.aten.silu_backward(g * y, z)
             g = F.silu(z).mul_(g)
-        laid = given.cut.lay(g, g.dtype)
-        dx, ds = torch.empty_like(laid), torch.empty_like(laid)
-        back = g.new_zeros(room.lanes)
-        for i in range(given.cut.segments - 1, -1, -1):
-            back = self._segment(room, strip, i, entering[i], back, laid, dx, ds)
-        dx, ds = given.cut.plain(dx), given.cut.plain(ds)
+        dx, ds = self._scanned(room, strip, entering, given.cut.lay(g))
         ds.addcmul_(strip.u, dx)
         if given.softplus:
             ds = torch.ops.aten.softplus_backward(ds, strip.raw, 1, THRESHOLD)
@@ -329,28 +355,29 @@ class _Gradients:
             self.D[span] += (g * strip.u).sum((0, 2))
         self.u[rows, span] = dx
 
-    def _segment(
-        self, room: _Room, strip: _Strip, number: int, entering: Tensor, back: Tensor, g: Tensor, dx: Tensor, ds: Tensor
-    ) -> Tensor:
-        """Fill dx (of x = s u) and ds [r, T, w] of a segment and add to the rest. `back` [r, n, w]: what the segment after
-        sends; returns what this one sends."""
-        rows, span, cut = strip.rows, strip.span, self.given.cut
-        s, x = strip.states(room, number, entering)
-        g, dx, ds = (cut.segment(m, number) for m in (g, dx, ds))
-        B, C = strip.B[number], strip.C[number]
-        back = room.adjoint(s, g, strip.rate, C, back)
-        dx.copy_(_over_states(B, room.lam))
-        for total, part in ((self.C, _over_channels(room.h[1:], g, C)),
-                            (self.B, _over_channels(room.lam, x, B))):  # fmt: skip
-            if total.dim() == 2:
-                total[span] += part.T
+    def _scanned(self, room: _Room, strip: _Strip, entering: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x = s u, and of s through the decays, [r, w, l] of a strip; adds to those of A, B, C.
+        entering as in `add`; g [segments, t, r, w]."""
+        cut, dx, ds, back = self.given.cut, strip.empty(), strip.empty(), g.new_zeros(strip.lanes)
+        dB, dC = torch.zeros_like(strip.B.laid), torch.zeros_like(strip.C.laid)
+        room.rates.zero_()
+        for i in range(cut.segments - 1, -1, -1):
+            s, x, gi = strip.laid_s[i], strip.laid_x[i], g[i].unsqueeze(-2)
+            room.prepare(s, x, strip.rate, strip.B.full[i])
+            room.entering.copy_(entering[i])
+            room.seed()
+            room.adjoint(strip.sums[i], gi, strip.rate, strip.C.full[i], back)
+            strip.B.over_states(i, room.lam, dx[i])
+            strip.B.over_channels(i, room.lam, x, dB)
+            strip.C.over_channels(i, room.h_out, gi, dC)
+            room.rates_of(s, strip.A, ds[i])
+        self.A[strip.span] += room.rates.view_as(strip.A).T
+        for total, mixing, part in ((self.B, strip.B, dB), (self.C, strip.C, dC)):
+            if mixing.constant:
+                total[strip.span] += part.T
             else:
-                start = number * cut.chunk * cut.chunks
-                total[rows, :, start : start + cut.chunk * cut.chunks] += cut.flat(part[..., 0], number).mT
-        w = room.lam.mul_(room.a).mul_(room.h[:-1])
-        ds.copy_(torch.mul(w, strip.A, out=room.a).sum(-2, keepdim=True))  # a is not needed any more
-        self.A[span] += w.mul_(s).sum((0, 1, 2)).T
-        return back
+                total[strip.rows] += cut.plain(part)
+        return cut.plain(dx), cut.plain(ds)
 
 
 def scan(
