@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reid_dist.models.mamba import scan as scan_module
-from reid_dist.models.mamba import scan_cpu, selective_scan
+from reid_dist.models.mamba import scan_cut, selective_scan
 from tests.golden import cases, load
 from tests.unit.mamba_names import close, tensor
 
@@ -96,7 +96,7 @@ def test_lengths_around_chunks_and_segments(length: int, groups: int | None) -> 
 
 def test_one_constant_form_and_one_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """B by row and token, C constant; and blocks of channels narrower than the channels."""
-    monkeypatch.setattr(scan_cpu, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(scan_cut, "BLOCK_BYTES", 1)
     inputs = make(2, 150, 3, 40) | {"C": make(1, 150, 3, 1, None)["C"], "B": make(2, 1, 3, 40)["B"][:, 0]}
     grad = torch.randn(2, 150, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     ours, theirs = (run(f, inputs, grad, delta_softplus=True) for f in (selective_scan, textbook))
@@ -151,14 +151,14 @@ def test_nan_poisons_its_channel_from_its_step_on() -> None:
 
 
 def test_memory_holds_few_states() -> None:
-    """What is kept for the backward pass beside the inputs: one state per chunk, and what enters the gate."""
+    """What is kept for the backward pass beside the inputs: one state per two chunks, and what enters the gate."""
     inputs = {name: value.requires_grad_() for name, value in make(1, 32, 8, 64).items()}
     saved: dict[int, int] = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
         selective_scan(**inputs, delta_softplus=True)
     given = {value.data_ptr() for value in inputs.values()}
     kept = sum(count for place, count in saved.items() if place not in given)
-    assert kept == 64 // scan_cpu.CHUNK * 8 * 32 + 64 * 32
+    assert kept == 64 // (2 * scan_cut.CHUNK) * 8 * 32 + 64 * 32
 
 
 @pytest.mark.parametrize(

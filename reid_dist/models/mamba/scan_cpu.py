@@ -9,8 +9,8 @@ K chunks of Q tokens. All chunks of a segment advance together, so a segment cos
 2. carry   h_in[k+1] = added[k] + exp(A * sum of s over chunk k) * h_in[k]     (exact: the decays multiply);
 3. seed    every chunk again from its h_in, now keeping h.
 
-The states that enter the chunks are kept for the backward pass (one in Q tokens), which seeds h from them and takes the
-same three steps, right to left, on the adjoint:
+The states that enter every other chunk are kept for the backward pass (one in 2 Q tokens), which runs these chunks and then
+the others from there, and takes the three steps, right to left, on the adjoint:
 
     lam_t = g_t C_t + exp(s_{t+1} A) lam_{t+1};   dC = g h;  dB = lam s u;  d(s u) = B . lam;
     w_t = lam_t exp(s_t A) h_{t-1};   ds = A . w + u (B . lam);   dA = sum_t s_t w_t.
@@ -35,62 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reid_dist.models.mamba.scan_cut import Cut, cut_scan
+
 LOG2_E = 1 / math.log(2)
 THRESHOLD = 20.0  # softplus is the identity above, as in the kernels and in torch
-CHUNK = 8  # Q: tokens that are stepped through
-CHUNKS = 4  # K: chunks that advance together
-BLOCK_BYTES = 2 * 1024 * 1024  # of one buffer; measured: smaller ones cost more in calls than they gain in cache
-
-
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """How a scan is cut: segments of time, each of K chunks of Q tokens; strips of rows and of channels."""
-
-    chunk: int
-    chunks: int
-    length: int
-    segments: int
-    rows: tuple[slice, ...]
-    spans: tuple[slice, ...]
-
-    @property
-    def segment(self) -> int:
-        """t: tokens of a segment."""
-        return self.chunk * self.chunks
-
-    def lay(self, x: Tensor) -> Tensor:
-        """[r, f, l] -> [segments, t, r, f]; the zeros behind the end keep the state and add nothing."""
-        padded = x.new_empty(len(x), self.segments * self.segment, x.shape[1])
-        for target, source in zip(padded, x, strict=True):  # torch transposes matrices fast, and nothing else
-            target[: self.length] = source.T
-        padded[:, self.length :] = 0
-        return padded.transpose(0, 1).contiguous().unflatten(0, (self.segments, self.segment))
-
-    def plain(self, laid: Tensor) -> Tensor:
-        """The inverse of `lay`."""
-        padded = laid.flatten(0, 1).transpose(0, 1).contiguous()
-        x = laid.new_empty(len(padded), padded.shape[2], self.length)
-        for target, source in zip(x, padded, strict=True):
-            target.copy_(source[: self.length].T)
-        return x
-
-    def chunked(self, x: Tensor) -> Tensor:
-        """View [K, Q, ...] of a segment [t, ...]."""
-        return x.unflatten(0, (self.chunks, self.chunk))
-
-
-def _pieces(total: int, size: int) -> tuple[slice, ...]:
-    return tuple(slice(start, min(start + size, total)) for start in range(0, total, size))
-
-
-def _cut(batch: int, length: int, channels: int, states: int, itemsize: int) -> _Cut:
-    chunk = min(CHUNK, length)
-    chunks = min(CHUNKS, -(-length // chunk))
-    segment = chunks * chunk
-    columns = BLOCK_BYTES // (itemsize * segment * states)  # of one buffer: a channel of a row each
-    width = -(-channels // -(-channels // max(64, columns // 64 * 64)))  # spans of about equal width
-    rows = _pieces(batch, max(1, columns // width))
-    return _Cut(chunk, chunks, length, -(-length // segment), rows, _pieces(channels, width))
 
 
 class _Mixing:
@@ -99,7 +47,7 @@ class _Mixing:
     Of a sequence [r, n, l] `full` is [t, r, n, 1], of a constant [w, n] a view [t, 1, n, w].
     """
 
-    def __init__(self, cut: _Cut, given: Tensor) -> None:
+    def __init__(self, cut: Cut, given: Tensor) -> None:
         self.constant = given.dim() == 2
         self.laid = given.T.contiguous() if self.constant else cut.lay(given)
         if self.constant:
@@ -131,21 +79,24 @@ class _Room:
     chunk-to-chunk parts [K - 1, r, n, w].
     """
 
-    def __init__(self, cut: _Cut, lanes: tuple[int, ...], like: Tensor, backward: bool) -> None:
+    def __init__(self, cut: Cut, lanes: tuple[int, ...], like: Tensor, backward: bool) -> None:
         self.cut, self.lanes = cut, lanes  # (r, n, w)
         self.a = like.new_empty(cut.segment, *lanes)
         self.h = like.new_empty(cut.segment + 1, *lanes)
         self.h_in, self.h_out = self.h[:-1], self.h[1:]
         self.entering = self.h_in[:: cut.chunk]  # [K, r, n, w]
+        self.kept = self.entering[::2]
         self.a_at, self.h_at = (cut.chunked(m).unbind(1) for m in (self.a, self.h_out))
         self.a_first, self.h_first = ([m[:-1] for m in every] for every in (self.a_at, self.h_at))
-        self.added, self.decay = (like.new_empty(cut.chunks - 1, *lanes) for _ in range(2))
+        self.arriving = like.new_empty(cut.chunks, *lanes)
+        self.added, self.decay = self.arriving[:-1], like.new_empty(cut.chunks - 1, *lanes)
         self.links = list(zip(self.added.unbind(0), self.decay.unbind(0), strict=True))
         if backward:
             self.lam = torch.empty_like(self.a)
             self.lam_at = cut.chunked(self.lam).unbind(1)
             self.a_rest, self.lam_rest = ([m[1:] for m in every] for every in (self.a_at, self.lam_at))
-            self.arriving = like.new_empty(cut.chunks, *lanes)
+            steps = list(zip(self.h_at, self.a_at, strict=True))
+            self.even, self.odd = ([(h[i::2], a[i::2]) for h, a in steps] for i in (0, 1))
             self.rates = like.new_empty(1, lanes[1] * lanes[2])
             self.ones = like.new_ones(1, cut.segment * lanes[0])  # a product adds rows faster than sum does
 
@@ -175,6 +126,17 @@ class _Room:
             before = h.addcmul_(decay, before)
         self.h[-1].addcmul_(self.a[-1], self.h[-2])
 
+    def seed_kept(self) -> None:
+        """As `seed` from `kept` alone: every other chunk, and then the rest from where these end."""
+        before = self.kept
+        for h, decay in self.even:
+            before = h.addcmul_(decay, before)
+        before = self.entering[1::2]
+        for h, decay in self.odd[:-1]:
+            before = h.addcmul_(decay, before)
+        if len(self.entering) % 2 == 0:
+            self.h[-1].addcmul_(self.a[-1], self.h[-2])
+
     def adjoint(self, sums: Tensor, g: Tensor, rate: Tensor, C: Tensor, back: Tensor) -> None:
         """Fill lam, and a with exp(s A) lam, from g [t, r, 1, w], C [t, r, n, 1] and `back` [r, n, w], what the segment
         after sends; it becomes what this one sends."""
@@ -188,8 +150,7 @@ class _Room:
             torch.mul(first, self.a_rest[0], out=self.added)
             torch.mul(sums[1:], rate, out=self.decay).exp2_()
             for k in range(len(self.links) - 1, -1, -1):
-                added, decay = self.links[k]
-                torch.addcmul(added, decay, arriving[k + 1], out=arriving[k])
+                self.links[k][0].addcmul_(self.links[k][1], arriving[k + 1])
         self.lam_at[-1].add_(self.arriving)
         after = self.lam_at[-1]
         for lam, decay in zip(self.lam_at[-2::-1], self.a_at[:0:-1], strict=True):
@@ -197,19 +158,19 @@ class _Room:
         self.a.mul_(self.lam)
         back.copy_(self.a[0])
 
-    def rates_of(self, s: Tensor, A: Tensor, ds: Tensor) -> None:
-        """With a = exp(s A) lam: w = a h_in; fill ds [t, r, w] with A . w and add s . w to `rates`. s [t, r, 1, w]."""
+    def rates_of(self, s: Tensor, A: Tensor) -> None:
+        """With a = exp(s A) lam: w = a h_in; add s . w to `rates` and replace s [t, r, 1, w] by A . w."""
         w = self.a.mul_(self.h_in)
         torch.mul(w, A, out=self.lam)  # lam is not needed any more
-        torch.sum(self.lam, 2, out=ds)
         self.rates.addmm_(self.ones, w.mul_(s).flatten(0, 1).flatten(1))
+        torch.sum(self.lam, 2, keepdim=True, out=s)
 
 
 @dataclass(frozen=True, slots=True)
 class _Inputs:
     """The scan's inputs as they were given: u, delta, z [b, d, l]; A [d, n]; B, C [b, n, l] or [d, n]."""
 
-    cut: _Cut
+    cut: Cut
     u: Tensor
     delta: Tensor
     A: Tensor
@@ -222,22 +183,25 @@ class _Inputs:
 
 
 class _Strip:
-    """Rows of the batch and a range of channels: u, raw (before softplus) and s [r, w, l] as given; s and x = s u laid out
-    as segments [t, r, 1, w]; sums of s over chunks [K, r, 1, w]; A and rate = A log2(e) [n, w]."""
+    """Rows of the batch and a range of channels: u and s [r, w, l] as given; s and x = s u laid out as segments
+    [t, r, 1, w]; sums of s over chunks [K, r, 1, w]; A and rate = A log2(e) [n, w]."""
 
     def __init__(self, given: _Inputs, rows: slice, span: slice) -> None:
         self.given, self.rows, self.span, cut = given, rows, span, given.cut
         self.lanes = (rows.stop - rows.start, given.A.shape[1], span.stop - span.start)
-        self.u, self.raw = self.part(given.u), self.part(given.delta)
-        if given.bias is not None:
-            self.raw = self.raw + given.bias[span, None]
-        self.s = F.softplus(self.raw) if given.softplus else self.raw
-        laid_s, laid_x = (cut.lay(m).unsqueeze(-2) for m in (self.s, self.s * self.u))
-        self.laid_s, self.laid_x = laid_s.unbind(0), laid_x.unbind(0)
-        self.sums = laid_s.unflatten(1, (cut.chunks, cut.chunk)).sum(2).unbind(0)
+        self.u = self.part(given.u)
+        self.s = F.softplus(self.raw()) if given.softplus else self.raw()
+        self.laid_s, self.laid_x = (cut.lay(m) for m in (self.s, self.s * self.u))
+        self.segments = list(zip(*(m.unsqueeze(-2).unbind(0) for m in (self.laid_s, self.laid_x)), strict=True))
+        self.sums = self.laid_s.unflatten(1, (cut.chunks, cut.chunk)).sum(2).unsqueeze(-2).unbind(0)
         self.A = given.A[span].T.contiguous()
         self.rate = self.A * LOG2_E
         self.B, self.C = (self._mixing(m) for m in (given.B, given.C))
+
+    def raw(self) -> Tensor:
+        """Step sizes before softplus [r, w, l]."""
+        raw, bias = self.part(self.given.delta), self.given.bias
+        return raw if bias is None else raw + bias[self.span, None]
 
     def _mixing(self, m: Tensor) -> _Mixing:
         part = m[self.span] if m.dim() == 2 else m[self.rows]
@@ -247,20 +211,21 @@ class _Strip:
         """[b, d, l] -> [r, w, l] of this strip, in the type that is computed in."""
         return whole[self.rows, self.span].to(self.given.A.dtype)
 
-    def empty(self) -> Tensor:
-        """[segments, t, r, w]"""
-        return self.A.new_empty(self.given.cut.segments, self.given.cut.segment, self.lanes[0], self.lanes[2])
+    def release(self) -> None:
+        """Let go of what the segments are."""
+        del self.laid_s, self.laid_x, self.segments
 
     def outputs(self, room: _Room, entering: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(C . h + D u [r, w, l], last state [r, n, w]); fills entering [segments, K, r, n, w], the states at chunks' starts."""
-        laid = self.empty()
+        """(C . h + D u [r, w, l], last state [r, n, w]); fills entering [segments, ., r, n, w], the kept states."""
+        laid = torch.empty_like(self.laid_x)
         room.h[-1] = 0
         for i, y in enumerate(laid.unbind(0)):
             room.h[0].copy_(room.h[-1])
-            room.prepare(self.laid_s[i], self.laid_x[i], self.rate, self.B.full[i])
+            s, x = self.segments[i]
+            room.prepare(s, x, self.rate, self.B.full[i])
             room.enter(self.sums[i], self.rate)
             if entering is not None:
-                entering[i] = room.entering
+                entering[i] = room.kept
             room.seed()
             self.C.over_states(i, room.h_out, y)
         y = self.given.cut.plain(laid)
@@ -291,11 +256,11 @@ class SelectiveScan(torch.autograd.Function):
         bias: Tensor | None, softplus: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         (batch, channels, length), states = u.shape, A.shape[1]
-        cut = _cut(batch, length, channels, states, A.element_size())
+        cut = cut_scan(batch, length, channels, states, A.element_size())
         given = _Inputs(cut, u, delta, A, B, C, D, z, bias, softplus)
         out, last = torch.empty(u.shape, dtype=u.dtype, device=u.device), A.new_empty(batch, *A.shape)
         keep = any(ctx.needs_input_grad)
-        entering = A.new_empty(cut.segments, cut.chunks, batch if keep else 0, states, channels)
+        entering = A.new_empty(cut.segments, (cut.chunks + 1) // 2, batch if keep else 0, states, channels)
         ungated = A.new_empty(batch if keep and z is not None else 0, channels, length)
         for room, strip in _strips(given, backward=False):
             rows, span = strip.rows, strip.span
@@ -335,7 +300,7 @@ class _Gradients:
         self.bias = None if given.bias is None else torch.zeros_like(given.bias)
 
     def add(self, room: _Room, strip: _Strip, grad: Tensor, entering: Tensor, y: Tensor | None) -> None:
-        """One strip. entering [segments, K, r, n, w]: the states at chunks' starts; y [r, w, l]: what entered the gate."""
+        """One strip. entering [segments, ., r, n, w]: the kept states; y [r, w, l]: what entered the gate."""
         given, rows, span = self.given, strip.rows, strip.span
         g = strip.part(grad)
         if y is not None and given.z is not None and self.z is not None:
@@ -345,7 +310,7 @@ class _Gradients:
         dx, ds = self._scanned(room, strip, entering, given.cut.lay(g))
         ds.addcmul_(strip.u, dx)
         if given.softplus:
-            ds = torch.ops.aten.softplus_backward(ds, strip.raw, 1, THRESHOLD)
+            ds = torch.ops.aten.softplus_backward(ds, strip.raw(), 1, THRESHOLD)
         self.delta[rows, span] = ds
         if self.bias is not None:
             self.bias[span] += ds.sum((0, 2))
@@ -357,27 +322,29 @@ class _Gradients:
 
     def _scanned(self, room: _Room, strip: _Strip, entering: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of x = s u, and of s through the decays, [r, w, l] of a strip; adds to those of A, B, C.
-        entering as in `add`; g [segments, t, r, w]."""
-        cut, dx, ds, back = self.given.cut, strip.empty(), strip.empty(), g.new_zeros(strip.lanes)
+        entering as in `add`; g [segments, t, r, w], which is used up as are the strip's laid arrays."""
+        cut, back = self.given.cut, g.new_zeros(strip.lanes)
         dB, dC = torch.zeros_like(strip.B.laid), torch.zeros_like(strip.C.laid)
         room.rates.zero_()
         for i in range(cut.segments - 1, -1, -1):
-            s, x, gi = strip.laid_s[i], strip.laid_x[i], g[i].unsqueeze(-2)
+            (s, x), gi = strip.segments[i], g[i].unsqueeze(-2)
             room.prepare(s, x, strip.rate, strip.B.full[i])
-            room.entering.copy_(entering[i])
-            room.seed()
+            room.kept.copy_(entering[i])
+            room.seed_kept()
             room.adjoint(strip.sums[i], gi, strip.rate, strip.C.full[i], back)
-            strip.B.over_states(i, room.lam, dx[i])
             strip.B.over_channels(i, room.lam, x, dB)
             strip.C.over_channels(i, room.h_out, gi, dC)
-            room.rates_of(s, strip.A, ds[i])
+            strip.B.over_states(i, room.lam, g[i])  # what came in for y goes out for x
+            room.rates_of(s, strip.A)
         self.A[strip.span] += room.rates.view_as(strip.A).T
         for total, mixing, part in ((self.B, strip.B, dB), (self.C, strip.C, dC)):
             if mixing.constant:
                 total[strip.span] += part.T
             else:
                 total[strip.rows] += cut.plain(part)
-        return cut.plain(dx), cut.plain(ds)
+        ds = cut.plain(strip.laid_s)
+        strip.release()
+        return cut.plain(g), ds
 
 
 def scan(
