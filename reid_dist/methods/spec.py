@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from reid_dist.config import OptimConfig, Recipe, ScheduleConfig
+from reid_dist.data.draws import row_rng
 
 if TYPE_CHECKING:
     from reid_dist.data.store import TableView
@@ -83,6 +84,11 @@ class PlanPart:
     positions: np.ndarray  # int64 [n] places in the epoch's plan, the key of every random draw
     epoch: int
     seed: int
+
+    def rngs(self, rows: np.ndarray, stream: str) -> list[np.random.Generator]:
+        """A generator of its own for each of the table rows int64 [n] that the items use, whoever loads it."""
+        places = zip(self.positions.tolist(), rows.tolist(), strict=True)
+        return [row_rng(self.seed, self.epoch, position, row, stream) for position, row in places]
 
 
 class Plan(Protocol):
@@ -150,6 +156,20 @@ class Stage:
     def load_state(self, state: Mapping[str, Tensor]) -> None: ...
 
 
+class RecipeStage(Stage):
+    """A stage whose length, batch, optimizer and schedule are those of the recipe: the usual one."""
+
+    def __init__(self, recipe: Recipe, view: TableView) -> None:
+        self.recipe, self.view = recipe, view
+        self.epochs, self.global_batch = recipe.training.epochs, recipe.training.global_batch
+
+    def optim(self) -> OptimConfig:
+        return self.recipe.optim
+
+    def schedule(self) -> ScheduleConfig:
+        return self.recipe.schedule
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingData:
     """What a method sees of the data. Views are lists of rows over one or more tables, joined in recipe order."""
@@ -165,6 +185,11 @@ class ModelFacts:
     num_classes: int = 0
     num_cameras: int = 0
     num_domains: int = 1
+
+
+def training_identities(data: TrainingData) -> ModelFacts:
+    """Classes are the training identities."""
+    return ModelFacts(num_classes=len(np.unique(np.asarray(data.train.label))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +230,7 @@ class MethodSpec:
     encode: Callable[[nn.Module, Batch], Outputs]
     similarity: Mapping[str, float]  # weights of the named embeddings' cosine similarities
     reference: Reference
-    facts: Callable[[TrainingData], ModelFacts]
+    facts: Callable[[TrainingData], ModelFacts] = training_identities
     # authors' file -> our names
     import_weights: Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     start: Callable[[nn.Module, Any], None] | None = None  # (model, config): published start weights; fresh runs only

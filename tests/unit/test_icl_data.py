@@ -258,7 +258,7 @@ def test_command_imports_a_published_index_and_refuses_wrong_words(tmp_path: Pat
     for wrong in ([], ["draw"], ["make-noise", "name=a"], ["import-noise", "name=a", "root=b"]):
         with pytest.raises(UserError, match="make-noise"):
             command.main(wrong)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="is not a file"):
         command.main(["import-noise", str(tmp_path / "no.npy"), "name=p", f"root={tmp_path}"])
     with pytest.raises(UserError, match="have: cuhk-pedes, icfg-pedes, rstpreid, ufine6926"):
         layouts.caption_set("market-1501")

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reid_dist.config import OptimConfig, Recipe, ScheduleConfig
-from reid_dist.data.draws import plan_rng, row_rng
+from reid_dist.config import OptimConfig, Recipe
+from reid_dist.data.draws import plan_rng
 from reid_dist.data.samplers import IdentityPlan
 from reid_dist.data.tracklets import tracklets_of
 from reid_dist.data.transforms import ImageTransform
@@ -48,6 +48,7 @@ from reid_dist.methods.spec import (
     ParamGroup,
     Plan,
     PlanPart,
+    RecipeStage,
     Reference,
     Stage,
     Terms,
@@ -110,14 +111,14 @@ def camera_tensor(config: Config, view: TableView, rows: np.ndarray) -> dict[str
     return {"camera": torch.from_numpy(camera)}
 
 
-class ClimbStage(Stage):
+class ClimbStage(RecipeStage):
     """The only stage. Items are rows of the view, or tracklets (model.frames > 0)."""
 
     name = "train"
 
     def __init__(self, recipe: Recipe, data: TrainingData) -> None:
+        super().__init__(recipe, data.train)
         self.config: Config = recipe.model
-        self.recipe, self.view, self.epochs = recipe, data.train, recipe.training.epochs
         self.transform, self.test_transform = (transform_of(self.config, train) for train in (True, False))
         self.tracklets: Tracklets | None = None
         label, cams = np.asarray(data.train.label), np.asarray(data.train.camid)
@@ -142,8 +143,7 @@ class ClimbStage(Stage):
 
     def load(self, part: PlanPart) -> Batch:
         """image [n, 3, h, w] or clips [n, T, 3, h, w], label [n], and camera [n] where the model has an embedding."""
-        places = list(zip(part.positions.tolist(), part.items.tolist(), strict=True))
-        rngs = [row_rng(part.seed, part.epoch, position, item, "image") for position, item in places]
+        rngs = part.rngs(part.items, "image")
         batch: Batch = {"label": torch.from_numpy(self.label[part.items])}
         if self.tracklets is None:
             draws = [self.transform.draw(rng) for rng in rngs]
@@ -162,12 +162,6 @@ class ClimbStage(Stage):
     def param_groups(self, model: nn.Module) -> list[ParamGroup]:
         named = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
         return group_parameters(named, self.recipe.optim, self.config)
-
-    def optim(self) -> OptimConfig:
-        return self.recipe.optim
-
-    def schedule(self) -> ScheduleConfig:
-        return self.recipe.schedule
 
     def begin_epoch(self, model: nn.Module, ctx: Context) -> None:
         """Rebuild the memory from the model's own features of all training items (4.1), the same on every rank."""
@@ -292,11 +286,6 @@ def stages(recipe: Recipe, data: TrainingData) -> Sequence[Stage]:
     return [ClimbStage(recipe, data)]
 
 
-def facts(data: TrainingData) -> ModelFacts:
-    """Classes are the training identities."""
-    return ModelFacts(num_classes=len(np.unique(np.asarray(data.train.label))))
-
-
 def build(config: Config, facts: ModelFacts) -> nn.Module:
     """The model with random weights."""
     return Climb(config, arch_of(config), facts.num_classes)
@@ -317,7 +306,6 @@ METHOD = MethodSpec(
         repository="https://github.com/AsuradaYuci/CLIMB-ReID",
         commit="203e6ac",
     ),
-    facts=facts,
     import_weights=import_weights,
     start=start,
     check=check,

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from reid_dist import losses as shared
-from reid_dist.config import OptimConfig, Recipe, ScheduleConfig
+from reid_dist.config import OptimConfig, Recipe
 from reid_dist.data.captions import caption_pairs
-from reid_dist.data.draws import row_rng
 from reid_dist.data.samplers import EpochPlan, IdentityPlan, ShufflePlan
 from reid_dist.data.text import clip_tokenizer, draw_masked
 from reid_dist.data.transforms import person_transform
@@ -37,11 +36,13 @@ from reid_dist.methods.spec import (
     Outputs,
     ParamGroup,
     PlanPart,
+    RecipeStage,
     Reference,
     Stage,
     Terms,
     TrainingData,
 )
+from reid_dist.methods.text_to_image import text_image_batch
 from reid_dist.models.clip import ClipArchitecture, architecture
 from reid_dist.models.clip_weights import load_clip
 
@@ -78,17 +79,14 @@ def group_parameters(named: Iterable[tuple[str, bool]], optim: OptimConfig, conf
     return [ParamGroup(tuple(names), lr, decay) for (lr, decay), names in groups.items()]
 
 
-class CoMoEStage(Stage):
+class CoMoEStage(RecipeStage):
     """The only stage: image-caption pairs."""
 
     name = "train"
 
     def __init__(self, recipe: Recipe, data: TrainingData) -> None:
+        super().__init__(recipe, data.train)
         self.config: Config = recipe.model
-        self.recipe = recipe
-        self.view = data.train
-        self.epochs = recipe.training.epochs
-        self.global_batch = recipe.training.global_batch
         self.pairs = caption_pairs(data.train)
         if len(self.pairs) == 0:
             raise UserError(f"tables {', '.join(recipe.data.train)} have no captions: CoMoE trains on image-text pairs")
@@ -111,10 +109,7 @@ class CoMoEStage(Stage):
     def load(self, part: PlanPart) -> Batch:
         """image [n, 3, h, w], ids [n, L], pid [n]; with the masked-word loss also masked_ids, masked_label [n, L]."""
         rows, numbers = self.pairs[part.items].T
-        draws = [
-            self.transform.draw(row_rng(part.seed, part.epoch, position, row, "image"))
-            for position, row in zip(part.positions.tolist(), rows.tolist(), strict=True)
-        ]
+        draws = [self.transform.draw(rng) for rng in part.rngs(rows, "image")]
         texts = [self.view.captions[row][number] for row, number in zip(rows.tolist(), numbers.tolist(), strict=True)]
         ids = self.tokenizer.encode_all(texts, self.text_length)
         batch: Batch = {
@@ -124,8 +119,7 @@ class CoMoEStage(Stage):
         }
         if "mlm" in self.config.losses:
             masked, label = np.zeros_like(ids), np.zeros_like(ids)
-            for i, (position, row) in enumerate(zip(part.positions.tolist(), rows.tolist(), strict=True)):
-                rng = row_rng(part.seed, part.epoch, position, row, "mask")
+            for i, rng in enumerate(part.rngs(rows, "mask")):
                 masked[i], label[i] = draw_masked(ids[i], rng, self.tokenizer.mask_id)
             batch |= {"masked_ids": torch.from_numpy(masked), "masked_label": torch.from_numpy(label)}
         return batch
@@ -133,12 +127,6 @@ class CoMoEStage(Stage):
     def param_groups(self, model: nn.Module) -> list[ParamGroup]:
         named = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
         return group_parameters(named, self.recipe.optim, self.config)
-
-    def optim(self) -> OptimConfig:
-        return self.recipe.optim
-
-    def schedule(self) -> ScheduleConfig:
-        return self.recipe.schedule
 
     def forward(self, model: nn.Module, batch: Batch, ctx: Context) -> Outputs:
         out: Outputs = model(
@@ -223,25 +211,13 @@ def stages(recipe: Recipe, data: TrainingData) -> Sequence[Stage]:
 
 def eval_batch(config: Config, view: TableView, side: EvalSide, index: np.ndarray) -> Batch:
     """image [n, 3, h, w] for images, ids [n, L] for captions."""
-    arch = arch_of(config)
-    rows = side.rows[index]
-    if side.kind == "image":
-        return {"image": person_transform(arch.image_size, train=False).apply_all(view.images(rows))}
-    if side.kind == "text":
-        texts = [view.captions[row][part] for row, part in zip(rows.tolist(), side.part[index].tolist(), strict=True)]
-        return {"ids": torch.from_numpy(clip_tokenizer(arch.vocab_size).encode_all(texts, arch.context_length))}
-    raise UserError(f"CoMoE encodes images and captions, not {side.kind}s: choose the protocol text-to-image")
+    return text_image_batch(arch_of(config), view, side, index)
 
 
 def encode(model: nn.Module, batch: Batch) -> Outputs:
     """{"global": [n, D]} of a batch of images or of captions."""
     out = model(image=batch.get("image"), ids=batch.get("ids"))
     return {"global": out["image_feat"] if "image" in batch else out["text_feat"]}
-
-
-def facts(data: TrainingData) -> ModelFacts:
-    """Classes are the training identities."""
-    return ModelFacts(num_classes=len(np.unique(np.asarray(data.train.label))))
 
 
 def build(config: Config, facts: ModelFacts) -> nn.Module:
@@ -264,7 +240,6 @@ METHOD = MethodSpec(
         repository="https://github.com/SJJ0916/CoMoE",
         commit="6391b76",
     ),
-    facts=facts,
     import_weights=import_weights,
     start=start,
     check=check,

@@ -12,16 +12,15 @@ line of stdout; exit 2 for bad input.
 from __future__ import annotations
 
 import json
-import logging
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reid_dist.config import DataConfig, parse_yaml
+from reid_dist.config import DataConfig
 from reid_dist.data.captions import CaptionGroups, Groups, caption_digest, caption_pairs, write_caption_groups
 from reid_dist.errors import UserError
+from reid_dist.methods.command import content_of, run_command, words_and_options
 
 if TYPE_CHECKING:
     from reid_dist.data.store import TableView
@@ -35,8 +34,6 @@ KEYS = {  # required, optional
     "import-noise": ({"name"}, {"table", "splits"}),
     "import-groups": ({"layout", "table", "name"}, set()),
 }
-
-logger = logging.getLogger("reid_dist.methods.icl")
 
 
 def _view(root: str, table: str, splits: tuple[str, ...] = ()) -> TableView:
@@ -62,7 +59,7 @@ def import_noise(root: str, path: str, name: str, table: str = "", splits: Any =
     from reid_dist.methods.icl.noise import parse, store_permutation
 
     count = len(caption_pairs(_view(root, table, tuple(splits)))) if table else None
-    noise = parse(_read(path), count, path)
+    noise = parse(content_of(path), count, path)
     key = store_permutation(root, name, noise)
     return {"file": key, "pairs": len(noise.index), "moved": noise.rate, "sha256": noise.digest.hex()}
 
@@ -80,7 +77,7 @@ def _groups_of(path: str, layout: str) -> dict[str, list[tuple[str, Groups]]]:
     from reid_dist.data.layouts import caption_set
 
     try:
-        entries = json.loads(_read(path).decode("utf-8-sig"))
+        entries = json.loads(content_of(path).decode("utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path} is not UTF-8 JSON: {error}") from None
     return caption_set(layout).grouped(entries, path)
@@ -105,20 +102,9 @@ def _joined(view: TableView, found: dict[str, list[tuple[str, Groups]]], where: 
             yield CaptionGroups(images[place[path]], caption_digest(caption), groups)
 
 
-def _read(path: str) -> bytes:
-    from reid_dist.storage import open_store
-
-    folder, _, file = path.rpartition("/")
-    try:
-        return open_store(folder or ("/" if path.startswith("/") else ".")).read(file)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-
-
 def main(argv: list[str]) -> dict[str, Any]:
     """The command. Raises UserError."""
-    words = [word for word in argv if "=" not in word]
-    options = {key: parse_yaml(value, key) for key, _, value in (word.partition("=") for word in argv if "=" in word)}
+    words, options = words_and_options(argv)
     verb = words[0] if words else ""
     if verb not in KEYS or len(words) != (1 if verb == "make-noise" else 2):
         raise UserError(USAGE)
@@ -134,9 +120,4 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        sys.stdout.write(json.dumps(main(sys.argv[1:])) + "\n")
-    except UserError as error:
-        logger.error("%s", error)
-        sys.exit(2)
+    run_command(main)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reid_dist.config import OptimConfig, Recipe, ScheduleConfig
+from reid_dist.config import OptimConfig, Recipe
 from reid_dist.data.captions import GroupTable, caption_pairs, open_caption_groups
-from reid_dist.data.draws import plan_rng, row_rng
+from reid_dist.data.draws import plan_rng
 from reid_dist.data.samplers import EpochPlan, ShufflePlan
 from reid_dist.data.text import clip_tokenizer
 from reid_dist.data.transforms import person_transform
@@ -42,12 +42,14 @@ from reid_dist.methods.spec import (
     Outputs,
     ParamGroup,
     PlanPart,
+    RecipeStage,
     Reference,
     Stage,
     Terms,
     TrainingData,
     device_of,
 )  # fmt: skip
+from reid_dist.methods.text_to_image import text_image_batch
 
 if TYPE_CHECKING:
     from reid_dist.data.store import TableView
@@ -74,15 +76,14 @@ def group_parameters(
     return [ParamGroup(tuple(names), lr, decay) for (lr, decay), names in groups.items()]
 
 
-class IclStage(Stage):
+class IclStage(RecipeStage):
     """The only stage: image-caption pairs, some of which may be mismatched."""
 
     name = "train"
 
     def __init__(self, recipe: Recipe, data: TrainingData) -> None:
+        super().__init__(recipe, data.train)
         self.config: Config = recipe.model
-        self.recipe, self.view = recipe, data.train
-        self.epochs, self.global_batch = recipe.training.epochs, recipe.training.global_batch
         self.row_wise = self.config.select_norm == "frozen"
         self.pairs = caption_pairs(data.train)
         self._refuse_empty()
@@ -121,18 +122,15 @@ class IclStage(Stage):
         if self.groups is not None:
             rows = self.pairs[part.items, 0]
             groups = self.groups.of(self.caption_of[part.items])
-            drawn = [row_rng(part.seed, part.epoch, position, row, "reorganise") for position, row in _keys(part, rows)]
-            texts = [draw_reorganised(of_one, rng) for of_one, rng in zip(groups, drawn, strict=True)]
+            drawn = zip(groups, part.rngs(rows, "reorganise"), strict=True)
+            texts = [draw_reorganised(of_one, rng) for of_one, rng in drawn]
             batch["second_ids"] = self._words(texts, part, rows, "second")
         return batch
 
     def _load(self, part: PlanPart, prefix: str) -> Batch:
         """Images and their captions, augmented and corrupted by the streams that `prefix` names."""
         rows = self.pairs[part.items, 0]
-        draws = [
-            self.transform.draw(row_rng(part.seed, part.epoch, position, row, f"{prefix}image"))
-            for position, row in _keys(part, rows)
-        ]
+        draws = [self.transform.draw(rng) for rng in part.rngs(rows, f"{prefix}image")]
         captions = self.pairs[self.caption_of[part.items]].tolist()
         texts = [self.view.captions[row][number] for row, number in captions]
         return {
@@ -143,20 +141,13 @@ class IclStage(Stage):
 
     def _words(self, texts: Sequence[str], part: PlanPart, rows: np.ndarray, stream: str) -> Tensor:
         ids = self.tokenizer.encode_all(texts, self.text_length)
-        for i, (position, row) in enumerate(_keys(part, rows)):
-            rng = row_rng(part.seed, part.epoch, position, row, stream)
+        for i, rng in enumerate(part.rngs(rows, stream)):
             ids[i] = draw_corrupted(ids[i], rng, self.tokenizer.mask_id, self.config.corruption)
         return torch.from_numpy(ids)
 
     def param_groups(self, model: nn.Module) -> list[ParamGroup]:
         named = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
         return group_parameters(named, self.recipe.optim, self.config, self.text_length)
-
-    def optim(self) -> OptimConfig:
-        return self.recipe.optim
-
-    def schedule(self) -> ScheduleConfig:
-        return self.recipe.schedule
 
     def begin_stage(self, model: nn.Module, ctx: Context) -> None:
         self.trust = self.trust.to(device_of(model))
@@ -235,23 +226,13 @@ class IclStage(Stage):
         self.trust = state["trust"].clone()
 
 
-def _keys(part: PlanPart, rows: np.ndarray) -> list[tuple[int, int]]:
-    return list(zip(part.positions.tolist(), rows.tolist(), strict=True))
-
-
 def _digest(content: bytes | None) -> Tensor:
     return torch.frombuffer(bytearray(content or bytes(32)), dtype=torch.uint8)
 
 
 def eval_batch(config: Config, view: TableView, side: EvalSide, index: np.ndarray) -> Batch:
     """image [n, 3, h, w] for images, ids [n, L] for captions."""
-    arch, rows = arch_of(config), side.rows[index]
-    if side.kind == "image":
-        return {"image": person_transform(arch.image_size, train=False).apply_all(view.images(rows))}
-    if side.kind == "text":
-        texts = [view.captions[row][part] for row, part in zip(rows.tolist(), side.part[index].tolist(), strict=True)]
-        return {"ids": torch.from_numpy(clip_tokenizer(arch.vocab_size).encode_all(texts, arch.context_length))}
-    raise UserError(f"ICL encodes images and captions, not {side.kind}s: choose the protocol text-to-image")
+    return text_image_batch(arch_of(config), view, side, index)
 
 
 def encode(model: nn.Module, batch: Batch) -> Outputs:
@@ -285,7 +266,6 @@ METHOD = MethodSpec(
         repository="https://github.com/QinYang79/ICL",
         commit="",
     ),
-    facts=lambda data: ModelFacts(num_classes=len(np.unique(np.asarray(data.train.label)))),
     import_weights=import_weights,
     start=start,
 )

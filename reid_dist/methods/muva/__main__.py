@@ -13,14 +13,13 @@ record is the last line of stdout; exit 2 for bad input.
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from reid_dist.config import DataConfig, parse_yaml
+from reid_dist.config import DataConfig
 from reid_dist.errors import UserError
+from reid_dist.methods.command import content_of, run_command, words_and_options
 
 USAGE = (
     "usage: python -m reid_dist.methods.muva import-masks FILE table=NAME name=NAME root=URI [splits=[train]] "
@@ -42,12 +41,12 @@ def import_masks(
     from reid_dist.data.store import open_view
     from reid_dist.methods.muva.mask_pickle import masks_of_pickle
     from reid_dist.methods.muva.masks import write_masks
-    from reid_dist.storage import open_store
 
-    folder, _, file = path.rpartition("/")
-    content = open_store(folder or ".").read(file)
     view = only_people(open_view(DataConfig(root=root), (table,), tuple(splits)))
-    version = write_masks(root, name, masks_of_pickle(content, path, view, grid), grid, f"official file {file}")
+    file = path.rpartition("/")[2]
+    version = write_masks(
+        root, name, masks_of_pickle(content_of(path), path, view, grid), grid, f"official file {file}"
+    )
     return {"side_table": name, "version": version, "images": len(view), "grid": list(grid)}
 
 
@@ -87,8 +86,7 @@ def draw_pair(folder: str, grid: tuple[int, int] = (8, 4), **world: Any) -> dict
 
 def main(argv: list[str]) -> dict[str, Any]:
     """The command. Raises UserError."""
-    words = [word for word in argv if "=" not in word]
-    options = {key: parse_yaml(value, key) for key, _, value in (word.partition("=") for word in argv if "=" in word)}
+    words, options = words_and_options(argv)
     if len(words) == 2 and words[0] == "draw-pair":
         return draw_pair(words[1], **options)
     if len(words) != 2 or words[0] not in ("import-masks", "draw-masks") or not {"name", "root"} <= set(options):
@@ -110,9 +108,4 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        sys.stdout.write(json.dumps(main(sys.argv[1:])) + "\n")
-    except UserError as error:
-        logger.error("%s", error)
-        sys.exit(2)
+    run_command(main)

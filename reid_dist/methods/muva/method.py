@@ -79,11 +79,6 @@ def encode(model: nn.Module, batch: Batch) -> Outputs:
     return {"global": model(batch["image"])}
 
 
-def facts(data: TrainingData) -> ModelFacts:
-    """Classes are the training identities."""
-    return ModelFacts(num_classes=len(np.unique(np.asarray(data.train.label))))
-
-
 METHOD = MethodSpec(
     name="muva",
     task="image",
@@ -99,6 +94,5 @@ METHOD = MethodSpec(
         repository="https://github.com/RikoLi/MUVA",
         commit="8965263",
     ),
-    facts=facts,
     start=start,
 )

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from reid_dist.config import OptimConfig, Recipe, ScheduleConfig
-from reid_dist.data.draws import row_rng
 from reid_dist.data.samplers import EpochPlan, IdentityPlan
 from reid_dist.methods.muva import losses as terms
 from reid_dist.methods.muva.config import Config
@@ -178,10 +177,7 @@ class FinetuneStage(_MuvaStage):
 
     def load(self, part: PlanPart) -> Batch:
         """image [n, 3, H, W], visible bool [n, R, L], label [n]."""
-        draws = [
-            row_rng(part.seed, part.epoch, position, row, "flip").random()
-            for position, row in zip(part.positions.tolist(), part.items.tolist(), strict=True)
-        ]
+        draws = [rng.random() for rng in part.rngs(part.items, "flip")]
         image, visible = grounded_batch(
             self.view.images(part.items), self._visible(part.items), transform_of(self.config, train=True), self.grid,
             flips(draws, self.config.flip),

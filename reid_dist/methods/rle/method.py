@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reid_dist.config import OptimConfig, Recipe, ScheduleConfig
-from reid_dist.data.draws import row_rng
+from reid_dist.config import Recipe
 from reid_dist.data.paired import PairedIdentityPlan, modality_rows
 from reid_dist.errors import UserError
 from reid_dist.methods.rle.config import Config
@@ -34,6 +33,7 @@ from reid_dist.methods.spec import (
     Outputs,
     ParamGroup,
     PlanPart,
+    RecipeStage,
     Reference,
     Stage,
     Terms,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class RLEStage(Stage):
+class RLEStage(RecipeStage):
     """The only stage: pairs of a visible and an infrared image of one identity."""
 
     name = "train"
@@ -55,9 +55,8 @@ class RLEStage(Stage):
 
     def __init__(self, recipe: Recipe, view: TableView) -> None:
         """Raises UserError for data that cannot be paired."""
-        self.recipe, self.view = recipe, view
+        super().__init__(recipe, view)
         self.config: Config = recipe.model
-        self.epochs = recipe.training.epochs
         self.rows = modality_rows(view)
         self.chain = Chain(self.config.image_size, self.config.augment)
         self._plan = PairedIdentityPlan(
@@ -82,11 +81,7 @@ class RLEStage(Stage):
         }
 
     def _images(self, part: PlanPart, rows: np.ndarray, stream: str) -> Tensor:
-        sources = [
-            row_rng(part.seed, part.epoch, position, row, stream)
-            for position, row in zip(part.positions.tolist(), rows.tolist(), strict=True)
-        ]
-        return self.chain.apply_all(self.view.images(rows), sources, infrared=stream == "infrared")
+        return self.chain.apply_all(self.view.images(rows), part.rngs(rows, stream), infrared=stream == "infrared")
 
     def param_groups(self, model: nn.Module) -> list[ParamGroup]:
         """Stems and trunk at a tenth of the rate; decay on every trained tensor."""
@@ -98,12 +93,6 @@ class RLEStage(Stage):
             ParamGroup(tuple(groups[0]), optim.lr * self.config.backbone_lr_factor, optim.weight_decay),
             ParamGroup(tuple(groups[1]), optim.lr, optim.weight_decay),
         ]
-
-    def optim(self) -> OptimConfig:
-        return self.recipe.optim
-
-    def schedule(self) -> ScheduleConfig:
-        return self.recipe.schedule
 
     def forward(self, model: nn.Module, batch: Batch, ctx: Context) -> Outputs:
         """feat [n, 2, 4, C], logit [n, 2, 4, K]: a row is a pair, visible first."""
