@@ -125,3 +125,16 @@ def test_bf16_with_masters_follows_float32(pool: Pool, root: str, alone: dict[st
     assert 0 < abs(ranks[0]["losses"][0]["loss"] / alone["losses"][0]["loss"] - 1) < 0.1
     weight = ranks[0]["weights"]["text_selection.skip.weight"]
     assert not (weight == weight.bfloat16().float()).all()  # what is saved are the masters
+
+
+@pytest.mark.parametrize(("precision", "stage", "apart"), [("bf16", 1, 0.05), ("fp16_pure", 0, 0.02)])
+def test_reduced_precision_learns_at_one_and_two_workers(
+    pool: Pool, root: str, precision: str, stage: int, apart: float
+) -> None:
+    plain = {"consensus": False, "corruption": 0.0, "augment": False}
+    training = {"zero_stage": stage, "precision": precision, "epochs": 6}
+    one, two = (pool.run(train_icl, world, root, training, plain)[0]["losses"] for world in (1, 2))
+    for losses in (one, two):
+        first, last = (np.mean([record["loss"] for record in losses[at : at + 3]]) for at in (0, 20))  # full batches
+        assert last < 0.75 * first
+    assert [record["loss"] for record in two[:3]] == pytest.approx([record["loss"] for record in one[:3]], rel=apart)

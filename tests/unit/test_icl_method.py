@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reid_dist import methods
-from reid_dist.config import DataConfig, OptimConfig, ScheduleConfig, TrainingConfig
+from reid_dist.config import DataConfig, OptimConfig, ScheduleConfig
 from reid_dist.data.captions import CaptionGroups, caption_digest, write_caption_groups
 from reid_dist.data.samplers import rank_slice
 from reid_dist.errors import UserError
@@ -345,31 +345,7 @@ def test_text_positions_of_another_length(tmp_path: Path) -> None:
         assert how == "interpolate" or abs(float(table.std()) - 0.01) < 5e-4
 
 
-# ---- recipes, evaluation, figures
-
-
-def test_recipes() -> None:
-    names = methods.recipes("icl")
-    assert len(names) >= 29
-    for name in names:
-        loaded = methods.load_recipe(name)
-        assert isinstance(loaded.model, Config)
-    for table in ("cuhk_pedes", "icfg_pedes", "rstpreid", "ufine6926"):
-        rde, icl = (methods.load_recipe(f"icl/{kind}_{table}") for kind in ("rde", "icl"))
-        assert icl.model.groups
-        assert dataclasses.replace(icl.model, groups=()) == rde.model  # one key between them
-        assert methods.load_recipe(f"icl/icl_{table}_pretrained").model.pretrained
-    for rate in (20, 50, 80):
-        for table in ("cuhk_pedes", "icfg_pedes", "rstpreid"):
-            noisy = methods.load_recipe(f"icl/rde_{table}_noise{rate}")
-            assert noisy.model.noise.endswith(f"-0.{rate // 10}")
-            assert noisy.data.val_fraction == 0.0  # held-out captions would not be in the permutation
-    assert methods.load_recipe("icl/rde_ufine6926").model.text_length == 168
-    crossed = methods.load_recipe("icl/icl_cuhk_pedes_to_rstpreid")
-    assert (crossed.data.train, crossed.data.test) == (("cuhk-pedes",), ("rstpreid",))
-    assert dataclasses.replace(Config(), loss="sdm").pair_loss == "sdm"
-    assert dataclasses.replace(Config(), loss="sdm", groups=("g",)).pair_loss == "tal"
-    assert TrainingConfig(precision="fp16_pure").precision == "fp16_pure"
+# ---- evaluation, figures
 
 
 def test_both_embeddings_come_from_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
