@@ -108,6 +108,14 @@ class TrainingConfig:
         300.0  # after the first step: longest silence between steps before the workers start again; 0: any
     )
 
+    def __post_init__(self) -> None:
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError("precision=bf16 needs zero_stage of 1, 2 or 3 (DeepSpeed's bf16 at stage 0 is wrong)")
+        if self.precision == "fp16_pure" and self.zero_stage != 0:
+            raise ValueError(
+                f"precision=fp16_pure needs zero_stage=0 (now {self.zero_stage}): ZeRO keeps float32 masters"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:

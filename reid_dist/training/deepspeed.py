@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from reid_dist.config import OptimConfig, TrainingConfig
-from reid_dist.errors import UserError
 from reid_dist.methods.spec import ParamGroup
 from reid_dist.training.collectives import world
 from reid_dist.training.optim import build_optimizer, freeze_others
@@ -36,18 +35,7 @@ EngineState = dict[str, dict[str, Tensor]]
 def build_engine(
     module: nn.Module, model: nn.Module, groups: Sequence[ParamGroup], optim: OptimConfig, training: TrainingConfig
 ) -> Any:
-    """DeepSpeed engine over `module` (the step module that wraps `model`). Parameters in no group are frozen.
-
-    Raises UserError for bf16 at stage 0, and for fp16_pure at any other.
-    """
-    if training.precision == "bf16" and training.zero_stage == 0:
-        raise UserError(
-            "training.precision=bf16 needs training.zero_stage of 1, 2 or 3 (DeepSpeed's bf16 at stage 0 is wrong)"
-        )
-    if training.precision == "fp16_pure" and training.zero_stage != 0:
-        raise UserError(
-            f"training.precision=fp16_pure needs training.zero_stage=0 (now {training.zero_stage}): ZeRO keeps float32 masters"
-        )
+    """DeepSpeed engine over `module` (the step module that wraps `model`). Parameters in no group are frozen."""
     ensure_process_group()
     import deepspeed
 

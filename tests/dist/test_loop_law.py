@@ -55,11 +55,6 @@ def test_bf16_with_fp32_masters_follows_fp32(pool: Pool, alone: dict[str, Any], 
     assert 0 < worst < BF16
 
 
-def test_bf16_at_stage_0_is_refused(pool: Pool) -> None:
-    with pytest.raises(AssertionError, match="zero_stage of 1, 2 or 3"):
-        pool.run(train_toy, 1, {"zero_stage": 0, "precision": "bf16"})
-
-
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize(("save", "resume"), [((2, 1), (4, 3)), ((2, 3), (1, 0)), ((1, 0), (2, 2)), ((4, 1), (2, 1))])
 def test_stop_anywhere_and_resume_with_other_workers_and_stage(

@@ -125,3 +125,16 @@ def test_every_shipped_recipe_is_valid(name: str) -> None:
     recipe = methods.load_recipe(name)
     assert recipe.method == name.split("/")[0]
     assert recipe.data.train
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("training.precision=bf16", "training.zero_stage=0"), "precision=bf16 needs zero_stage of 1, 2 or 3"),
+        (("training.precision=fp16_pure",), r"precision=fp16_pure needs zero_stage=0 \(now 1\)"),
+    ],
+)
+def test_precisions_that_a_zero_stage_cannot_hold_are_refused(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        build(*words)
+    assert build("training.precision=fp16_pure", "training.zero_stage=0").training.precision == "fp16_pure"

@@ -11,7 +11,7 @@ import pytest
 
 from jobs.train import train
 from reid_dist import methods
-from reid_dist.config import DataConfig, TrainingConfig
+from reid_dist.config import DataConfig
 from reid_dist.data.captions import CaptionGroups, caption_digest, caption_pairs, write_caption_groups
 from reid_dist.data.store import open_view
 from reid_dist.methods.icl.config import Config
@@ -44,7 +44,6 @@ def test_recipes() -> None:
     assert (crossed.data.train, crossed.data.test) == (("cuhk-pedes",), ("rstpreid",))
     assert dataclasses.replace(Config(), loss="sdm").pair_loss == "sdm"
     assert dataclasses.replace(Config(), loss="sdm", groups=("g",)).pair_loss == "tal"
-    assert TrainingConfig(precision="fp16_pure").precision == "fp16_pure"
 
 
 @pytest.fixture(scope="module")
