@@ -18,6 +18,7 @@ from reid_dist.evaluation.ranking import Labels, rank_features
 from reid_dist.methods.icl import METHOD
 from reid_dist.methods.icl.noise import checked, draw_permutation, store_permutation
 from reid_dist.methods.spec import EvalSide, ModelFacts, TrainingData
+from tests.unit.icl_names import FakeView
 from tests.unit.icl_names import recipe as tiny_recipe
 
 COLOURS = {
@@ -29,7 +30,7 @@ IMAGES = 2  # of each person
 TEST_PEOPLE = 40
 
 
-class ColourView:
+class ColourView(FakeView):
     """A table view of `people` persons, all different; views of one seed and other `first` share nobody."""
 
     def __init__(self, seed: int, people: int, first: int = 0) -> None:
@@ -48,18 +49,6 @@ class ColourView:
             )
             stripes = values[worn[person]].repeat(8, axis=0)[:, None].repeat(16, axis=1)
             self._images.append((stripes + rng.normal(0, 25, stripes.shape)).clip(0, 255).astype(np.uint8))
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def describe(self) -> str:
-        return "colours"
-
-    def path(self, row: int) -> str:
-        return f"{row}.png"
-
-    def images(self, rows: np.ndarray) -> list[np.ndarray]:
-        return [self._images[row] for row in rows]
 
 
 @torch.inference_mode()
