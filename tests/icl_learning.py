@@ -64,7 +64,7 @@ def scores(model: nn.Module, recipe: Recipe, view: ColourView) -> dict[str, floa
 
 
 def learn(
-    root: str, seed: int, *, people: int = 150, noise: float = 0.0, epochs: int = 14, **model: Any
+    root: str, seed: int, *, people: int = 150, noise: float = 0.0, epochs: int = 10, **model: Any
 ) -> dict[str, Any]:
     """Train on this process; {"before", "after"}: records on people never seen, "divisions": records of each, "losses"."""
     from reid_dist.training.loop import Hooks, Worker

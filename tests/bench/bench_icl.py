@@ -1,9 +1,10 @@
 """ICL and RDE: what the one attention row saves, how well noisy pairs are found, and what reorganised captions bring.
 
-python -m tests.bench.bench_icl [attention|learning]   both by default; learning smoke: one seed, a few steps
+python -m tests.bench.bench_icl [attention|learning] [key=value ...]     both by default
     attention   CPU time and peak memory of a training step: one row | last map | every map
     learning    synthetic world over 3 seeds: noise 50 % with and without division, clean captions with and without reorganised
-                ones, each as it comes out
+                ones, each as it comes out. seeds=[1,2,3] epochs=6 people=100 (of the fine-tuned worlds), warm=FILE keeps the
+                start weights, warm_epochs=6 warm_people=300 make them
 
 Learning starts from a model trained without noise on a world of other people, as the published runs start from CLIP: fine-tuning
 is where pairs can be told apart by their losses. The start weights are the shipped synthetic recipe's form, on fewer people.
@@ -114,7 +115,7 @@ def attention_bench() -> None:
 
 
 def fit(root: Path, seed: int, words: list[str], start: dict[str, Tensor] | None) -> dict[str, Any]:
-    """Train icl/synthetic with overrides on this process; test scores, divisions, weights and seconds."""
+    """Train icl/synthetic with overrides on this process; test scores before and after, divisions, weights and seconds."""
     from reid_dist import methods
     from reid_dist.training.context import RunContext
     from reid_dist.training.loop import Hooks
@@ -127,15 +128,17 @@ def fit(root: Path, seed: int, words: list[str], start: dict[str, Tensor] | None
     prepared = prepare(recipe, (lambda spec, model: model.load_state_dict(start)) if start else None)
     worker, notes = make_worker(recipe, prepared, None, Hooks()), []
     worker._write = lambda record: notes.append(record) if record["kind"] == "division" else None  # type: ignore[method-assign]
-    began = time.perf_counter()
-    worker.train()
-    seconds = time.perf_counter() - began
     evaluate = evaluator(recipe, prepared)
     assert evaluate is not None
+    before = evaluate(prepared.build(), RunContext(seed=seed))
+    began = time.process_time()
+    worker.train()
+    seconds = time.process_time() - began
     scores = evaluate(worker.model, RunContext(seed=seed))
     return {
-        "scores": {key: round(scores[key], 4) for key in ("rank1", "mAP")}, "seconds": round(seconds, 1), "notes": notes,
-        "steps": len(worker.losses), "weights": {name: t.detach().clone() for name, t in worker.model.state_dict().items()},
+        "scores": {key: round(scores[key], 4) for key in ("rank1", "mAP", "chance_mAP")},
+        "before": round(before["mAP"], 4), "cpu_seconds": round(seconds, 1), "notes": notes, "steps": len(worker.losses),
+        "weights": {name: t.detach().clone() for name, t in worker.model.state_dict().items()},
     }  # fmt: skip
 
 
@@ -162,6 +165,8 @@ def world(folder: Path, seed: int, people: int) -> Path:
     return root
 
 
+SIZES = ["training.global_batch=32"]
+FINE_TUNE = ["model.loss=tal", "optim.lr=3e-4", "optim.eps=1e-3", "schedule.warmup=5"]  # the published form
 RUNS = {
     "noise 50 %, divided": ["model.noise=half", "model.consensus_from=1"],
     "noise 50 %, all trusted": ["model.noise=half", "model.consensus=false"],
@@ -170,42 +175,55 @@ RUNS = {
 }
 
 
+def start_weights(folder: Path, file: str, people: int, epochs: int) -> dict[str, Tensor]:
+    """Those that `file` keeps; else trained on clean captions of a world of its own, and kept there."""
+    if file and Path(file).exists():
+        weights: dict[str, Tensor] = torch.load(file, weights_only=True)
+        return weights
+    words = [*SIZES, f"training.epochs={epochs}", "model.consensus=false"]
+    run = fit(world(folder, 100, people), 1, words, None)
+    print(json.dumps({"start weights": run["scores"], "untrained": run["before"], "steps": run["steps"]}), flush=True)
+    if file:
+        torch.save(run["weights"], file)
+    return dict(run["weights"])
+
+
 def learning_bench(
-    folder: Path, seeds: tuple[int, ...] = (1, 2, 3), warm: tuple[int, int] = (300, 6), own: tuple[int, int] = (100, 3)
-) -> None:
-    """Figures of each run as they come. `warm`, `own`: training people and epochs of the start weights and of the runs."""
-    root, fast = world(folder, 100, warm[0]), ["training.global_batch=32", "model.text_length=40"]
-    words = [*fast, f"training.epochs={warm[1]}", "model.consensus=false"]
-    before = fit(root, 1, words, None)
-    print(
-        json.dumps({"warm start": before["scores"], "steps": before["steps"], "seconds": before["seconds"]}), flush=True
-    )
+    folder: Path, seeds: tuple[int, ...] = (1, 2, 3), epochs: int = 6, people: int = 100, warm: str = "",
+    warm_epochs: int = 6, warm_people: int = 300,
+) -> None:  # fmt: skip
+    """Figures of each run as they come, then mean and range over seeds."""
+    start = start_weights(folder, warm, warm_people, warm_epochs)
+    scores: dict[str, list[float]] = {}
     for seed in seeds:
-        root = world(folder, seed, own[0])
+        root = world(folder, seed, people)
         for name, words in RUNS.items():
-            run = fit(
-                root,
-                seed,
-                [*fast, f"training.epochs={own[1]}", "optim.lr=3e-4", "model.loss=tal", *words],
-                before["weights"],
-            )
-            line = {"seed": seed, "run": name, **run["scores"], "steps": run["steps"], "seconds": run["seconds"]}
+            run = fit(root, seed, [*SIZES, *FINE_TUNE, f"training.epochs={epochs}", *words], start)
+            line = {"seed": seed, "run": name, "mAP before": run["before"], **run["scores"], "steps": run["steps"],
+                    "cpu_seconds": run["cpu_seconds"]}  # fmt: skip
             if run["notes"]:
                 line["per epoch: trusted, precision, recall"] = [
                     [round(note[key], 3) for key in ("clean", "precision", "recall")] for note in run["notes"]
                 ]
             print(json.dumps(line), flush=True)
+            scores.setdefault("before", []).append(run["before"])
+            scores.setdefault(name, []).append(run["scores"]["mAP"])
+    for name, values in scores.items():
+        print(f"{name}: mAP {sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})", flush=True)
 
 
 def main(words: list[str]) -> None:
-    if words[:1] == ["measure"]:
-        print(json.dumps(measure(words[1])))
+    from reid_dist.methods.command import words_and_options
+
+    plain, options = words_and_options(words)
+    if plain[:1] == ["measure"]:
+        print(json.dumps(measure(plain[1])))
         return
-    if words[:1] in ([], ["attention"]):
+    if plain in ([], ["attention"]):
         attention_bench()
-    if words[:1] in ([], ["learning"]):
+    if plain in ([], ["learning"]):
         with tempfile.TemporaryDirectory() as place:
-            learning_bench(Path(place), *([(1,), (20, 1), (20, 1)] if words[1:] == ["smoke"] else []))
+            learning_bench(Path(place), **options)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.icl_learning import learn
 
 NOISE = 0.5
-BEFORE = 6  # epochs before a division means something: the network starts at random
+BEFORE = 4  # epochs before a division means something: the network starts at random
 
 
 def test_the_division_finds_exchanged_captions_and_helps(tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ class RLEStage(RecipeStage):
 
     def param_groups(self, model: nn.Module) -> list[ParamGroup]:
         """Stems and trunk at a tenth of the rate; decay on every trained tensor."""
-        optim, groups = self.recipe.optim, ([], [])  # type: tuple[OptimConfig, tuple[list[str], list[str]]]
+        optim = self.recipe.optim
+        groups: tuple[list[str], list[str]] = ([], [])
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 groups[name.startswith("head.")].append(name)
