@@ -141,9 +141,8 @@ def publish_groups(job: Any, view: Any, options: GenerateOptions, name: str, sou
     shown: Shown = {}
     for one in found:
         lists = shown.setdefault(one.image, {"lists": {"Answers": list(one.answers)}})["lists"]
-        number = sum(heading.startswith("Merged") for heading in lists) + 1
-        lists[f"Merged {number}"] = [one.merged]
-        lists[f"Groups {number}"] = [" | ".join(group) for group in one.groups]
+        lists.setdefault("Merged captions", []).append(one.merged)
+        lists.setdefault("Groups of the first caption", [list(group) for group in one.groups])
     facts = {
         "version": version, "captions": len(found), "error_rows": len(lost),
         "sentences_per_caption": round(sentences / len(found), 2),

@@ -6,25 +6,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from reid_dist.reporting.figures import data_uri
 from reid_dist.reporting.page import ReportInput, Section, render_sections
 from reid_dist.reporting.tables import table
 
 Rectangle = tuple[float, float, float, float]  # left, top, right, bottom in fractions of the picture
+STAGES = (
+    "Known: found in the ledger. New: worked on now. At work: from the first request to the last answer, the start of engines "
+    "left out; the rates are over that time."
+)
 COLOURS = 6  # of the page (--c0 to --c5)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture. `lists`: {heading: lines}, for example captions, answers, groups; texts are escaped. `drawn`: {label:
-    {part: rectangles}}, each the picture once more with the rectangles of its parts on it.
+    """One picture. `lists`: {heading: lines}, for example captions, answers; a line of several texts is a group, its first
+    text before the others. All texts are escaped. `drawn`: {label: {part: rectangles}}, each the picture once more with the
+    rectangles of its parts on it.
     """
 
     image: bytes
     label: str
-    lists: Mapping[str, Sequence[str]]
+    lists: Mapping[str, Sequence[str | Sequence[str]]]
     drawn: Mapping[str, Mapping[str, Sequence[Rectangle]]] = field(default_factory=dict)
 
 
@@ -54,8 +59,12 @@ def render_generation(
     Raises ValueError for a sample picture that cannot be read.
     """
     sections = [
-        Section("Throughput and outcome", [_stages(stages)]),
-        Section("Samples", [_sample(sample) for sample in samples], "Pictures spread evenly over the table."),
+        Section("Throughput and outcome", [_stages(stages)], STAGES),
+        Section(
+            "Samples",
+            [Markup("").join(_sample(sample) for sample in samples)],
+            "Pictures spread evenly over the table.",
+        ),
         Section("Rejects", [_rejects(rejects)] if rejects else ["Every answer was accepted."]),
     ]
     return render_sections(
@@ -75,17 +84,16 @@ def _stages(stages: Mapping[str, Mapping[str, Any]]) -> Markup:
         tokens = f"{done['prompt_tokens']} / {done['completion_tokens']}"
         times = [f"{done['seconds']:.1f}", f"{working:.1f}"] if done["units"] else ["", ""]
         rows.append([name, done["known"], done["units"], done["calls"], tokens, *times, *rates, outcome])
-    header = [
-        "Stage", "In the ledger", "Worked on", "Calls", "Tokens in / out", "Seconds", "of them at work", "Rows/s", "Calls/s",
-        "Outcome",
-    ]  # fmt: skip
+    header = ["Stage", "Known", "New", "Calls", "Tokens in / out", "Seconds", "at work", "Rows/s", "Calls/s", "Outcome"]
     return table(header, rows)
 
 
 def _sample(sample: Sample) -> Markup:
     lists = Markup("").join(
-        Markup("<div><b>{}</b><ul>{}</ul></div>").format(
-            heading, Markup("").join(Markup("<li>{}</li>").format(line) for line in lines)
+        Markup("<div{}><b>{}</b><ul>{}</ul></div>").format(
+            Markup("") if isinstance(lines[0], str) else Markup(" class=groups"),
+            heading,
+            Markup("").join(Markup("<li>{}</li>").format(_line(line)) for line in lines),
         )
         for heading, lines in sample.lists.items()
         if lines
@@ -95,6 +103,12 @@ def _sample(sample: Sample) -> Markup:
     return Markup("<div class=sample><div class=pictures>{}</div><div class=told>{}</div></div>").format(
         Markup("").join(pictures), lists
     )
+
+
+def _line(line: str | Sequence[str]) -> Markup:
+    if isinstance(line, str):
+        return escape(line)
+    return Markup("{} <span class=muted>{}</span>").format(line[0], " | ".join(line[1:]))
 
 
 def _picture(image: bytes, label: str, over: Markup) -> Markup:

@@ -135,7 +135,10 @@ def test_groups_are_what_text_methods_read(root: str, small: str, calls: list[Re
         assert set(added) <= drawing.visible()
         assert all(read_phrases(wording) == read_phrases(group[0]) for group in groups for wording in group)
     page = Path(record["report"]).read_text()
-    assert all(heading in page for heading in ("Original captions", "Answers", "Merged 2", "Groups 2"))
+    assert all(
+        heading in page
+        for heading in ("Original captions", "Answers", "Merged captions", "Groups of the first caption")
+    )
     again = generate("rda", ("people",), GenerateOptions(root=root, model=small))
     assert again["calls"] == 0
 
