@@ -83,6 +83,9 @@ def run_phase(
 
     for key, value in TUNE_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    logging.getLogger("ray.tune.analysis").setLevel(
+        logging.ERROR
+    )  # it misses results of shared runs, which report nothing
     sweep, state = books.sweep, books.state
     scheduler = make_scheduler(sweep, longest) if judged else None
     if scheduler is not None:

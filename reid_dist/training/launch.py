@@ -130,20 +130,22 @@ def _private_cluster() -> bool:
 
 
 def _trainer() -> type[Any]:
-    """Ray's TorchTrainer. In a private cluster without its placement group cleaner: an actor that imports Ray Train (4 s of
-    CPU per start) only to ask a dashboard that is not there. Groups end with the job, in a sweep by tuning/groups.py."""
-    from ray.train.torch import TorchTrainer
+    """Ray's TorchTrainer without what nobody here uses, for each is an actor that imports Ray Train, 4 s of CPU per start.
 
-    if not _private_cluster():
-        return TorchTrainer
+    The manager of Ray Data's data sets: our workers read tables. In a private cluster also the cleaner of placement groups,
+    which asks a dashboard that is not there: groups end with the job, in a sweep by tuning/groups.py.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    class Private(TorchTrainer):  # type: ignore[misc]
-        def _create_default_callbacks(self) -> list[Any]:
-            made = super()._create_default_callbacks()
-            return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
+    unused = (DatasetsCallback, PlacementGroupCleanerCallback) if _private_cluster() else (DatasetsCallback,)
 
-    return Private
+    class Lean(TorchTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            return [made for made in super()._create_default_callbacks() if not isinstance(made, unused)]
+
+    return Lean
 
 
 def _scaling(recipe: Recipe, needs: dict[str, float]) -> Any:

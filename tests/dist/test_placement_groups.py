@@ -13,8 +13,6 @@ from jobs._cluster import connect
 from reid_dist.training.launch import _trainer
 from tuning.groups import remove_all, remove_orphans
 
-CLEANER = "PlacementGroupCleanerCallback"
-
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -55,9 +53,10 @@ def test_the_group_of_a_dead_maker_goes_at_once_and_no_other(cluster: None) -> N
     assert living() == set()
 
 
-@pytest.mark.parametrize(("private", "has_cleaner"), [("0", False), ("1", True)])
-def test_a_private_cluster_starts_no_cleaner(private: str, has_cleaner: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", private)
-    callbacks = _trainer()(lambda: None)._create_default_callbacks()
-    assert (CLEANER in {type(callback).__name__ for callback in callbacks}) is has_cleaner
-    assert "BackendSetupCallback" in {type(callback).__name__ for callback in callbacks}
+@pytest.mark.parametrize(("watcher", "has_cleaner"), [("0", False), ("1", True)])
+def test_actors_that_nobody_needs_are_not_started(watcher: str, has_cleaner: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", watcher)
+    made = {type(callback).__name__ for callback in _trainer()(lambda: None)._create_default_callbacks()}
+    assert ("PlacementGroupCleanerCallback" in made) is has_cleaner
+    assert "DatasetsCallback" not in made
+    assert "BackendSetupCallback" in made

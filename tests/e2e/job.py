@@ -59,10 +59,11 @@ class Job:
 
     def workers(self) -> list[psutil.Process]:
         found = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in found if "RayTrainWorker" in " ".join(_cmdline(child))]
+        return [child for child in found if "RayTrainWorker" in " ".join(cmdline(child))]
 
 
-def _cmdline(process: psutil.Process) -> list[str]:
+def cmdline(process: psutil.Process) -> list[str]:
+    """Words of a process, none when it is gone."""
     try:
         return list(process.cmdline())
     except psutil.Error:

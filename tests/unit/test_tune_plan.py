@@ -14,7 +14,7 @@ from jobs import tune as job
 from reid_dist.errors import RunError, UserError
 from tests.worlds import small_table
 from tuning.capacity import NodeShape, demand, how_many, merge_shapes, shapes_of_file, why_not
-from tuning.cluster import running_shapes
+from tuning.cluster import connected_shapes, running_shapes
 from tuning.driver import Books
 from tuning.plan import Plan, estimate
 from tuning.run import Asking, make_side_tables, prepare, summary, unblocked
@@ -84,6 +84,32 @@ def test_node_types_that_could_be_added_count(tmp_path: Path) -> None:
     )
     joined = {shape.name: (shape.count, shape.running) for shape in merge_shapes(running, list(shapes.values()))}
     assert joined == {"node": (1, 1), "head": (1, 0), "gpu": (4, 1), "cpu": (2, 1)}
+
+
+def test_node_types_of_the_connected_autoscaler_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray's autoscaler says of itself: a type without limit, one that runs already, and a node of none of them."""
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
+
+    config = ClusterConfig()
+    config.node_group_configs.append(NodeGroupConfig(name="gpu", resources={"CPU": 16, "GPU": 4}, max_count=3))
+    config.node_group_configs.append(NodeGroupConfig(name="cpu", resources={"CPU": 8}, max_count=-1))
+    nodes = [
+        {
+            "Alive": True,
+            "Resources": {"CPU": 16.0, "GPU": 4.0, "node:10.0.0.7": 1.0},
+            "Labels": {"ray.io/node-group": "gpu"},
+        },
+        {"Alive": True, "Resources": {"CPU": 2.0}, "Labels": {}},
+        {"Alive": False, "Resources": {"CPU": 64.0}, "Labels": {}},
+    ]
+    monkeypatch.setattr(state, "get_cluster_config", lambda: config)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    found = {shape.name: (shape.count, shape.running) for shape in connected_shapes()}
+    assert found == {"gpu": (3, 1), "cpu": (1000, 0), "node": (1, 1)}
+    bundles = demand({"CPU": 1.0, "GPU": 1.0}, 2, {"CPU": 0.1})
+    assert how_many(connected_shapes(), bundles, limit=100) == 6  # three nodes of four GPUs, of which one runs
 
 
 @pytest.mark.parametrize(
