@@ -11,16 +11,11 @@ from typing import Any
 
 from reid_dist.errors import UserError
 from reid_dist.generation.ledger import digest
-from reid_dist.storage import is_remote, open_store
+from reid_dist.models.mllm_folder import content_digest, local_folder, read_config
 from reid_dist.storage.base import file_sha256
-from reid_dist.storage.cache import NodeCache
 
-SMALL = Path(__file__).parent / "tiny" / "weights"
-BUILT_IN = "small"  # the project's own small model
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
-CONTENT = (".safetensors", ".json", ".jinja", ".txt", ".model")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
-IGNORED = ("recipe.json", "README.md")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +34,7 @@ def find_model(name: str, revision: str = "", expected: str = "") -> ModelFolder
     `expected`: the digest that it must have (of the model that the driver found). Raises UserError: nothing there, no
     tokenizer, no weights, a kind of model that is not served, another content than expected.
     """
-    folder = _local(name, revision)
+    folder = local_folder(name, revision)
     config = read_config(folder, name)
     if not any((folder / file).exists() for file in TOKENIZERS):
         raise UserError(
@@ -58,46 +53,6 @@ def find_model(name: str, revision: str = "", expected: str = "") -> ModelFolder
     return ModelFolder(str(folder), content, _family(config, folder, name), **context)
 
 
-def content_digest(folder: Path) -> str:
-    """Digest of the files that answers depend on: weights, configuration, tokenizer, templates."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in CONTENT and path.name not in IGNORED)
-    return digest([[path.name, file_sha256(path)] for path in files])
-
-
-def _local(name: str, revision: str) -> Path:
-    if name == BUILT_IN:
-        return SMALL
-    if is_remote(name):
-        return Path(NodeCache().tree(open_store(name)))
-    if Path(name).is_dir():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(
-            f"model={name}: no such folder; give `small`, a folder, an s3:// prefix or OWNER/NAME of the hub"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(name, revision=revision or None, ignore_patterns=["*.bin", "*.pth", "original/*"])
-        )
-    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
-        cause = " ".join(str(error).split())[:200]
-        raise UserError(f"model={name}: neither a folder nor reachable on the hub ({cause})") from None
-
-
-def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """config.json of a model folder. Raises UserError."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"{name}: there is no config.json: not a model folder") from None
-    except ValueError:
-        raise UserError(f"{name}: config.json is not JSON") from None
-    return dict(config)
-
-
 def _family(config: dict[str, Any], folder: Path, name: str) -> str:
     kind = str(config.get("model_type"))
     if kind == "qwen2_vl" and (folder / "recipe.json").exists():
@@ -109,8 +64,8 @@ def _family(config: dict[str, Any], folder: Path, name: str) -> str:
 
 
 def adapter_digest(adapter: str, model: ModelFolder) -> str:
-    """Content digest of a LoRA folder, after checking that it fits the model: every pair of matrices must have a target
-    of its input and output width in the base.
+    """Content digest of a LoRA folder, after checking that it fits the model: the base that it was tuned on, where it says
+    so (`jobs.finetune_vlm` writes it down), and for every pair of matrices a target of its widths.
 
     Raises UserError: no adapter there, or one for another base.
     """
@@ -119,6 +74,13 @@ def adapter_digest(adapter: str, model: ModelFolder) -> str:
     missing = [path.name for path in files if not path.exists()]
     if missing:
         raise UserError(f"adapter={adapter}: {' and '.join(missing)} missing: give a folder that peft wrote")
+    if (folder / "tuning.json").exists():
+        tuned_on = str(json.loads((folder / "tuning.json").read_text())["base_digest"])
+        if tuned_on != model.digest:
+            raise UserError(
+                f"adapter={adapter} was tuned on another base model (content {tuned_on[:12]}) than {model.path} "
+                f"({model.digest[:12]})"
+            )
     base: dict[str, list[int]] = {}
     for path in sorted(Path(model.path).glob("*.safetensors")):
         base |= tensor_shapes(path)

@@ -8,7 +8,7 @@ interaction will meet. How many texts and negatives the authors took is not publ
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from reid_dist.data.draws import plan_rng
 from reid_dist.errors import UserError
-from reid_dist.generation.prompts import LOCATE
+from reid_dist.generation.prompts import family
 
 HARD = 10  # best-ranked pictures of other people among which a negative is drawn
 
@@ -28,6 +28,41 @@ class Pair:
     row: int
     text: str
     answer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Localiser:
+    """How a prompt family asks whether a picture shows the person of a text."""
+
+    version: str  # of the prompt
+    ask: Callable[[str], str]  # "": the text states nothing that can be asked about
+    answers: tuple[str, str]  # it does, it does not
+
+
+def localiser(prompts: str) -> Localiser:
+    """The question that interaction will ask a model of this family (dialogues: locate). Raises UserError."""
+    chosen = family(prompts).locate
+    if prompts != "tiny":
+        return Localiser(chosen.version, lambda text: chosen.render(text=text), ("Yes", "No"))
+    from reid_dist.data.synthetic.words import read_phrases
+    from reid_dist.generation.tiny.questions import NO, YES, match_question
+
+    return Localiser(chosen.version, lambda text: match_question(read_phrases(text)), (YES, NO))
+
+
+def hard_pairs(
+    texts: Sequence[str], rows: np.ndarray, pids: np.ndarray, query: Any, gallery: Any, shares: Mapping[str, float], seed: int,
+    negatives: int,
+) -> list[Pair]:  # fmt: skip
+    """`build_pairs` over all pictures of a view: `pids` int64 [G] of its rows, `rows` int64 [M] of the texts; query [M, D]
+    and gallery [G, D] named embeddings of texts and rows by a trained run, `shares` their weights.
+    """
+    from reid_dist.evaluation.neighbours import nearest
+
+    most = int(np.unique(pids, return_counts=True)[1].max())
+    ranked = nearest(query, gallery, min(len(pids), HARD + most), weights=shares).index
+    everything = np.arange(len(pids))
+    return build_pairs(texts, rows, pids[rows], everything, pids, ranked, seed, negatives)
 
 
 def build_pairs(
@@ -63,13 +98,13 @@ def build_pairs(
     return pairs
 
 
-def llama_factory_records(pairs: Sequence[Pair], paths: Mapping[int, str]) -> Iterator[dict[str, Any]]:
+def llama_factory_records(pairs: Sequence[Pair], paths: Mapping[int, str], asks: Localiser) -> Iterator[dict[str, Any]]:
     """Records of LLaMA-Factory's "sharegpt" multimodal format; `paths`: picture of each view row."""
     for pair in pairs:
         yield {
             "messages": [
-                {"role": "user", "content": f"<image>{LOCATE.render(text=pair.text)}"},
-                {"role": "assistant", "content": "Yes" if pair.answer else "No"},
+                {"role": "user", "content": f"<image>{asks.ask(pair.text)}"},
+                {"role": "assistant", "content": asks.answers[not pair.answer]},
             ],
             "images": [paths[pair.row]],
         }
@@ -82,9 +117,11 @@ def llama_factory_entry(file_name: str) -> dict[str, Any]:
     return {"file_name": file_name, "formatting": "sharegpt", "columns": columns, "tags": tags}
 
 
-def llama_factory_files(name: str, pairs: Sequence[Pair], paths: Mapping[int, str]) -> dict[str, str]:
-    """{file name: content}: the records and dataset_info.json."""
-    records = list(llama_factory_records(pairs, paths))
+def llama_factory_files(
+    name: str, pairs: Sequence[Pair], paths: Mapping[int, str], asks: Localiser | None = None
+) -> dict[str, str]:
+    """{file name: content}: the records and dataset_info.json. `asks`: default that of Qwen2-VL."""
+    records = list(llama_factory_records(pairs, paths, asks or localiser("qwen2-vl")))
     info = {name: llama_factory_entry(f"{name}.json")}
     return {
         f"{name}.json": json.dumps(records, ensure_ascii=False, indent=1),

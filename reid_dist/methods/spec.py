@@ -9,6 +9,9 @@ How a step is computed (training/loop.py), for B rows of the global batch cut in
                            *mean over ranks* is the global term; gradients are averaged over ranks.
 4. optimizer step, then `stage.after_step(...)` (memories, banks: same update on every rank).
 
+A model of which a large part is never trained may set `frozen_is_rebuilt = True`: `build` fills its frozen weights, and
+checkpoints hold the trained ones alone.
+
 A module's forward returns tensors, tuples (NamedTuple) or dicts of tensors: ZeRO-3 looks for parameters and gradients in them
 and does not see into other classes.
 
@@ -216,24 +219,30 @@ class EvalSide:
 
 @dataclass(frozen=True, slots=True)
 class MethodSpec:
-    """A method, whole."""
+    """A method, whole.
+
+    One that encodes nothing for retrieval opts out: `protocol` "", `eval_batch` and `encode` None, `similarity` empty, and
+    where something is to be evaluated while it trains, `judge`.
+    """
 
     name: str
-    task: str  # "text" | "image" | "video" | "visible-infrared"
-    protocol: str  # default protocol of its evaluation (a name of evaluation/protocols.py)
+    task: str  # "text" | "image" | "video" | "visible-infrared" | "answers"
+    protocol: str  # default protocol of its evaluation (a name of evaluation/protocols.py); "": it ranks nothing
     Config: type
     build: Callable[[Any, ModelFacts], nn.Module]
     stages: Callable[[Recipe, TrainingData], Sequence[Stage]]
     # (config, view, side, indices into side) -> batch
-    eval_batch: Callable[[Any, TableView, EvalSide, np.ndarray], Batch]
+    eval_batch: Callable[[Any, TableView, EvalSide, np.ndarray], Batch] | None
     # embeddings [n, D], not yet normalised; the same names for either side
-    encode: Callable[[nn.Module, Batch], Outputs]
+    encode: Callable[[nn.Module, Batch], Outputs] | None
     similarity: Mapping[str, float]  # weights of the named embeddings' cosine similarities
     reference: Reference
     facts: Callable[[TrainingData], ModelFacts] = training_identities
     # authors' file -> our names
     import_weights: Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     start: Callable[[nn.Module, Any], None] | None = None  # (model, config): published start weights; fresh runs only
+    # in place of retrieval on the selection split: what the loop calls, None where there is nothing to evaluate
+    judge: Callable[[Recipe, TrainingData], Callable[[nn.Module, Context], dict[str, float]] | None] | None = None
     check: Callable[[Recipe], None] | None = None  # refuse (UserError) or warn before any job with this recipe starts
     figures: Sequence[Callable[..., Any]] = ()  # report sections of its own (reporting/sections.py)
     # (the run's metrics records) -> report sections of what training noted (Context.note)

@@ -3,7 +3,8 @@
 A checkpoint is a folder `checkpoints/step-00000120/` published atomically (files, then manifest with sizes and hashes, then
 the commit marker):
 
-    model.safetensors      every parameter by name (trainable ones in fp32) and every buffer
+    model.safetensors      every parameter by name (trainable ones in fp32) and every buffer; without the frozen parameters of a
+                           model that says they are rebuilt
     optimizer.safetensors  "exp_avg/<name>", "exp_avg_sq/<name>", "step/<name>", ... of the trainable parameters
     method.safetensors     the stage's own tensors (memories, labels)
     progress.json          where the run stands: stage, epoch, step in epoch, steps in all, metrics
@@ -61,7 +62,7 @@ class Snapshot:
 
 def take(model: nn.Module, engine_state: EngineState, method: Mapping[str, Tensor], progress: Progress) -> Snapshot:
     """Join an exported engine state with what no optimizer holds: frozen parameters and buffers. Collective at stage 3."""
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    frozen = [] if _rebuilt(model) else [name for name, p in model.named_parameters() if not p.requires_grad]
     weights = dict(engine_state["param"])
     weights.update(whole_parameters(model, frozen))
     saved = set(model.state_dict(keep_vars=True))
@@ -186,8 +187,16 @@ def read(run: Run, name: str) -> Snapshot:
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Put a checkpoint's weights into a whole (unsharded) model. Raises RunError naming what does not fit."""
     missing, unexpected = model.load_state_dict(dict(weights), strict=False)
+    if _rebuilt(model):
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        missing = [name for name in missing if name in trained]
     if missing or unexpected:
         raise RunError(f"checkpoint does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}")
+
+
+def _rebuilt(model: nn.Module) -> bool:
+    """Whether building the model fills its frozen weights (methods/spec.py)."""
+    return bool(getattr(model, "frozen_is_rebuilt", False))
 
 
 def restored(snapshot: Snapshot) -> dict[str, Any]:

@@ -17,17 +17,19 @@ from reid_dist.training.loaded import LoadedModel
 
 def encode_side(loaded: LoadedModel, view: TableView, side: EvalSide) -> dict[str, Tensor]:
     """Named embeddings [N, D] (CPU, float32) of the side's items, in their order."""
-    recipe, spec = loaded.recipe, loaded.spec
+    recipe, eval_batch, encode = loaded.recipe, loaded.spec.eval_batch, loaded.spec.encode
+    assert eval_batch, f"{loaded.spec.name} encodes nothing (load_run refuses it)"
+    assert encode
     size, ahead = recipe.evaluation.batch, max(1, recipe.data.prefetch)
     pieces = [np.arange(start, min(start + size, len(side.rows))) for start in range(0, len(side.rows), size)]
     outputs: list[dict[str, Tensor]] = []
     with ThreadPoolExecutor(max_workers=recipe.data.loader_threads) as pool, torch.inference_mode():
-        waiting = [pool.submit(spec.eval_batch, recipe.model, view, side, index) for index in pieces[:ahead]]
+        waiting = [pool.submit(eval_batch, recipe.model, view, side, index) for index in pieces[:ahead]]
         for number in tqdm(range(len(pieces)), desc=f"encode {side.kind}s", unit="batch"):
             batch = waiting.pop(0).result()
             if number + ahead < len(pieces):
                 upcoming = pieces[number + ahead]
-                waiting.append(pool.submit(spec.eval_batch, recipe.model, view, side, upcoming))
-            out = spec.encode(loaded.model, to_device(batch, loaded.device))
+                waiting.append(pool.submit(eval_batch, recipe.model, view, side, upcoming))
+            out = encode(loaded.model, to_device(batch, loaded.device))
             outputs.append({name: value.float().cpu() for name, value in out.items()})
     return {name: torch.cat([out[name] for out in outputs]) for name in outputs[0]}

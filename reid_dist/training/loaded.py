@@ -39,16 +39,21 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_run(uri: str, which: str = "best", overrides: Iterable[str] = ()) -> LoadedModel:
+def load_run(uri: str, which: str = "best", overrides: Iterable[str] = (), encodes: bool = True) -> LoadedModel:
     """The model of a run. `which`: best (by the selection split; without one the last), last, start, or step-N.
 
-    `overrides` change keys that do not shape the model (data.*, evaluation.*). Raises UserError.
+    `overrides` change keys that do not shape the model (data.*, evaluation.*). Raises UserError; with `encodes` also for a
+    run of a method that encodes nothing.
     """
     run = Run.read(uri)
     card = run.card()
     mapping = apply_overrides(card["recipe"], overrides)
     recipe = build_recipe(mapping, lambda name: methods.get(name).Config)
     facts = ModelFacts(**card.get("model_facts", {}))
+    if encodes and methods.get(recipe.method).encode is None:
+        raise UserError(
+            f"{uri}: a run of {recipe.method} encodes nothing, so nothing can be searched or scored with it"
+        )
     if which == "start":
         return fresh_model(recipe, facts, run, "start")
     name = _choose(run, which)

@@ -29,6 +29,11 @@ def evaluator(recipe: Recipe, prepared: Prepared) -> Evaluator | None:
     training, spec = recipe.training, prepared.spec
     if training.select_on == "none" or training.eval_every == 0:
         return None
+    if spec.judge is not None:
+        return spec.judge(recipe, prepared.data)
+    eval_batch, encode = spec.eval_batch, spec.encode
+    assert eval_batch, f"{spec.name} neither encodes nor judges"
+    assert encode
     if training.select_on == "test":
         logger.warning(
             "training.select_on=test: checkpoints are chosen on the test split, so its scores are optimistic"
@@ -51,8 +56,8 @@ def evaluator(recipe: Recipe, prepared: Prepared) -> Evaluator | None:
             lambda side: ctx.extract(
                 model,
                 items=np.arange(len(side.rows), dtype=np.int64),
-                load=lambda index: spec.eval_batch(recipe.model, view, side, index),
-                encode=spec.encode,
+                load=lambda index: eval_batch(recipe.model, view, side, index),
+                encode=encode,
                 batch=recipe.evaluation.batch,
             ),
         )

@@ -150,7 +150,8 @@ def test_a_recipe_is_plain_json() -> None:
 
 
 def test_the_built_in_weights_are_the_ones_that_the_recipe_made() -> None:
-    from reid_dist.generation.model_folder import SMALL, find_model
+    from reid_dist.generation.model_folder import find_model
+    from reid_dist.models.mllm_folder import SMALL
 
     model = find_model("small")
     facts = json.loads((SMALL / "recipe.json").read_text())

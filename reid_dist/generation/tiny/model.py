@@ -106,7 +106,7 @@ def save_folder(model: Any, tokenizer: Any, folder: Path, facts: dict[str, Any])
     """Weights (float32 safetensors), configuration, tokenizer, processor, and `recipe.json` with the digest of all that."""
     from transformers import GenerationConfig, Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
-    from reid_dist.generation.model_folder import content_digest
+    from reid_dist.models.mllm_folder import content_digest
 
     pixels = {"min_pixels": SIDE[0] * SIDE[1], "max_pixels": SIDE[0] * SIDE[1]}
     model.generation_config = GenerationConfig(eos_token_id=model.config.text_config.eos_token_id, do_sample=False)
