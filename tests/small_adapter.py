@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from reid_dist.generation.model_folder import SMALL, read_config
+from reid_dist.models.mllm_folder import SMALL, read_config
 
 RANK = 4
 

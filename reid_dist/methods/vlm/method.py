@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from reid_dist import losses as shared
-from reid_dist.config import OptimConfig, Recipe, ScheduleConfig
+from reid_dist.config import Recipe
 from reid_dist.data.samplers import EpochPlan, ShufflePlan
 from reid_dist.errors import UserError
 from reid_dist.methods.spec import (
@@ -28,6 +28,7 @@ from reid_dist.methods.spec import (
     Outputs,
     ParamGroup,
     PlanPart,
+    RecipeStage,
     Reference,
     Stage,
     Terms,
@@ -44,22 +45,21 @@ if TYPE_CHECKING:
 FIELDS = ("ids", "labels", "length", "pixels", "grid")
 
 
-class AnswerStage(Stage):
+class AnswerStage(RecipeStage):
     """The only stage: questions with their answers."""
 
     name = "tune"
 
     def __init__(self, recipe: Recipe, data: TrainingData) -> None:
-        self.recipe, self.view = recipe, data.train
+        super().__init__(recipe, data.train)
         self.config: Config = recipe.model
-        self.epochs = recipe.training.epochs
         self.chat = Chat(base_folder(self.config), self.config.pixels)
         self.questions = questions_of(self.config, data.train, "train", recipe.seed)
         if not self.questions:
             raise UserError(
                 f"nothing to ask about tables {', '.join(recipe.data.train)}: captions of two people are needed"
             )
-        self._plan = ShufflePlan(len(self.questions), recipe.training.global_batch, recipe.seed)
+        self._plan = ShufflePlan(len(self.questions), self.global_batch, recipe.seed)
 
     def plan(self) -> EpochPlan:
         """Items are numbers of questions."""
@@ -73,12 +73,6 @@ class AnswerStage(Stage):
         """The adapter."""
         names = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
         return [ParamGroup(names, self.recipe.optim.lr, self.recipe.optim.weight_decay)]
-
-    def optim(self) -> OptimConfig:
-        return self.recipe.optim
-
-    def schedule(self) -> ScheduleConfig:
-        return self.recipe.schedule
 
     def forward(self, model: nn.Module, batch: Batch, ctx: Context) -> Outputs:
         return answers(model, batch)
