@@ -12,7 +12,7 @@ from PIL import Image
 
 from reid_dist.data.synthetic import World, plan_synthetic, world_for
 from reid_dist.data.synthetic.domain import style
-from reid_dist.data.synthetic.heat import emissivity
+from reid_dist.data.synthetic.heat import emissivity, thermal_background
 from reid_dist.data.synthetic.identity import ATTRIBUTES, FAST, SLOW, Identity, draw_people
 from reid_dist.data.synthetic.longtext import describe_long, diversify
 from reid_dist.data.synthetic.palette import COLOURS
@@ -126,6 +126,32 @@ def test_pattern_layout_shows_in_infrared_at_low_contrast() -> None:
     difference = np.abs(scenes["plain"] - scenes["striped"])
     assert 0.05 < difference.max() < 0.15
     assert (difference > 0.04).sum() > 40
+
+
+@pytest.mark.parametrize("upper", ATTRIBUTES["upper_type"])
+def test_things_carried_and_worn_show_before_cloth_and_any_background(upper: str) -> None:
+    """Bags, shoes and hats are shared cues (8.2): warmer than every wall, colder than every garment."""
+    table = emissivity(someone(upper_type=upper))
+    walls = thermal_background(np.linspace(0.05, 0.95, 10)[None])
+    for thing in ("bag", "shoe", "hat"):
+        assert table[thing].item() > walls.max() + 0.05
+        assert table[thing].item() < min(table["upper"].item(), table["lower"].item()) - 0.1
+
+
+def test_both_sensors_of_regdb_see_one_passage() -> None:
+    """One side, place and distance in either modality of one passage, at other moments; more places than one."""
+    world = world_for("regdb", num_test=6, images_per_id=6)
+    plan = plan_synthetic(world, "regdb")
+    for person in world.people["test"]:
+        visible, thermal = ([s for s in plan if s.person is person and s.modality == m] for m in ("rgb", "ir"))
+        assert [(s.seen_by, s.frame, s.pid) for s in visible] == [(s.seen_by, s.frame, s.pid) for s in thermal]
+        assert {s.moment for s in visible}.isdisjoint(s.moment for s in thermal)
+        assert len({s.seen_by for s in visible}) == world.cameras_per_id
+    shot = plan[0]
+    geometry = [world.picture(shot.person, shot.seen_by, 0, modality=m)[1].front for m in ("rgb", "ir")]
+    assert (geometry[0] == geometry[1]).all()
+    apart = replace(world, dual_sensor=False)
+    assert (apart.picture(shot.person, shot.seen_by, 0, modality="ir")[1].front != geometry[0]).any()
 
 
 # ---- tracklets

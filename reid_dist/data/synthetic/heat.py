@@ -18,15 +18,15 @@ from reid_dist.data.synthetic.camera import Camera
 from reid_dist.data.synthetic.identity import Identity
 from reid_dist.data.synthetic.render import Drawing, draw, shade
 
-_UPPER: Mapping[str, float] = {"shirt": 0.62, "hoodie": 0.54, "jacket": 0.46, "coat": 0.40}  # by thickness
-_LOWER: Mapping[str, float] = {"trousers": 0.50, "skirt": 0.56}
+_UPPER: Mapping[str, float] = {"shirt": 0.66, "hoodie": 0.60, "jacket": 0.54, "coat": 0.48}  # by thickness
+_LOWER: Mapping[str, float] = {"trousers": 0.56, "skirt": 0.62}
 _PRINT = -0.09  # a printed pattern against its cloth: the layout at low contrast
 _OTHER: Mapping[str, float] = {
     "skin": 0.86,
     "hair": 0.44,
-    "hat": 0.36,
-    "shoe": 0.30,
-    "bag": 0.25,
+    "hat": 0.36,  # cold things stand between cloth and background, so that their outlines show before both
+    "shoe": 0.34,
+    "bag": 0.34,
     "dark": 0.70,
     "occluder": 0.16,
 }
@@ -41,6 +41,11 @@ def emissivity(person: Identity) -> dict[str, np.ndarray]:
     return {material: np.array([value]) for material, value in table.items()}
 
 
+def thermal_background(grey: np.ndarray) -> np.ndarray:
+    """float32 [height, width, 1], colder than anybody: bright walls [height, width] are dark ones and the other way."""
+    return (0.02 + 0.24 * (1 - grey))[..., None]
+
+
 def photograph_infrared(person: Identity, view: View, camera: Camera, place: np.random.Generator,
                         rng: np.random.Generator) -> tuple[bytes, Drawing]:  # fmt: skip
     """One infrared picture: grey JPEG bytes and the geometry behind it. `place` draws where and how warm, `rng`
@@ -49,8 +54,7 @@ def photograph_infrared(person: Identity, view: View, camera: Camera, place: np.
     drawing = draw(person, view, camera.size)
     scenery = camera.background(place)
     grey = scenery @ np.array([0.299, 0.587, 0.114], np.float32)
-    background = (0.08 + 0.42 * (1 - grey))[..., None]
-    scene = shade(drawing, emissivity(person), background, 0.9 + 0.1 * view.light)[..., 0]
+    scene = shade(drawing, emissivity(person), thermal_background(grey), 0.9 + 0.1 * view.light)[..., 0]
     scene = scene * (1 + 0.12 * _slow(place, camera.size)) * camera.vignette[..., 0]
     scene += rng.standard_normal(scene.shape, np.float32) * np.float32(_NOISE * camera.noise)
     image = Image.fromarray((np.clip(scene, 0, 1) * 255).astype(np.uint8))

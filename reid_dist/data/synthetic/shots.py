@@ -254,14 +254,17 @@ def sysu_shots(world: World) -> list[Shot]:
 
 
 def regdb_shots(world: World) -> list[Shot]:
-    """Ten pictures in each modality, `trials` divisions of the same people."""
+    """Ten moments in each modality, of passages that both sensors saw; `trials` divisions of the same people.
+
+    The places change and the set names none of them: its two cameras are the sensors.
+    """
     people = world.people["test"]
     return [
-        Shot(person=person, seen_by=camid, moment=frame, split=trials[0], pid=1 + person.index, camid=camid,
-             frame=frame, modality=modality, trials=trials)
+        Shot(person=person, seen_by=place, moment=2 * moment + camid, split=trials[0], pid=1 + person.index,
+             camid=camid, frame=frame, modality=modality, trials=trials)
         for person, trials in zip(people, _trials(world, len(people), "test"), strict=True)
         for camid, modality in enumerate(("rgb", "ir"))
-        for frame in range(world.images_per_id)
+        for frame, (place, moment) in enumerate(world.shots(person))
     ]  # fmt: skip
 
 

@@ -64,6 +64,7 @@ class World:
     shift: float = 0.0  # how far the domain looks from the others, 0 to 1
     max_frames: int = 1  # of a tracklet; 1: pictures
     twins: float = 0.0  # share of people whom gait and shoes alone tell apart
+    dual_sensor: bool = False  # infrared beside visible light: a person passes both at once, from the same side
     trials: int = 10  # divisions into training and test people, in sets that have several
 
     def __post_init__(self) -> None:
@@ -136,9 +137,10 @@ class World:
     ) -> tuple[bytes, Drawing]:
         """JPEG bytes of one image and the geometry behind it, the same whenever and wherever they are asked for.
 
-        `modality` "ir": by an infrared sensor at the camera's place, at another time.
+        `modality` "ir": by an infrared sensor at the camera's place, in another passage unless `dual_sensor`.
         """
-        key = (self.seed, self.domain, person.split, person.index, camid, *(() if modality == "rgb" else (modality,)))
+        apart = modality != "rgb" and not self.dual_sensor
+        key = (self.seed, self.domain, person.split, person.index, camid, *((modality,) if apart else ()))
         camera, passage = self.cameras[camid], stream(*key, "passage")
         rng = stream(*key, frame, "frame")
         view = self._view(person, camera, passage, rng, frame, zoom)

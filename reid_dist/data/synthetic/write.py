@@ -56,7 +56,10 @@ FORMS: Mapping[str, tuple[Plan, Mapping[str, Any]]] = {
         {**_VIDEO, "num_train": 0, "num_test": 120, "num_cameras": 2, "cameras_per_id": 2},
     ),
     "sysu-mm01": (shots.sysu_shots, {**_MIXED, "num_val": 20, "images_per_id": 4}),
-    "regdb": (shots.regdb_shots, {**_MIXED, "num_train": 0, "num_test": 200, "images_per_id": 10}),
+    "regdb": (
+        shots.regdb_shots,
+        {**_MIXED, "num_train": 0, "num_test": 200, "images_per_id": 10, "dual_sensor": True},
+    ),
     "llcm": (shots.llcm_shots, {**_MIXED, "num_cameras": 9, "images_per_id": 4}),
 }
 _WHAT = {"num_val": "val split", "num_train": "training people of its own", "num_distractors": "distractors"}
