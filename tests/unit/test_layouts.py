@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from reid_dist.data import layouts
+from reid_dist.data.decode import DecodeError, decode
 from reid_dist.data.layouts.base import housekeeping
 from reid_dist.data.records import DatasetError, ParsedDataset
 from reid_dist.errors import UserError
@@ -128,16 +129,26 @@ def test_housekeeping(path: str, expected: bool) -> None:
 
 @pytest.mark.parametrize("image", image_cases(), ids=lambda case: case.name)
 def test_corruption_fixtures_are_what_they_claim(image) -> None:
-    """The library sees them as stated, so a decoder's test with them means something."""
+    """The library sees them as stated, so the next test means something."""
 
-    def decode() -> Image.Image:
+    def opened() -> Image.Image:
         return ImageOps.exif_transpose(Image.open(io.BytesIO(image.data))).convert("RGB")
 
     if image.size is None:
         with pytest.raises(OSError):
-            decode()
+            opened()
     else:
-        assert decode().size == image.size
+        assert opened().size == image.size
+
+
+@pytest.mark.parametrize("image", image_cases(), ids=lambda case: case.name)
+def test_odd_image_files_become_upright_rgb_or_are_refused_by_name(image) -> None:
+    if image.size is None:
+        with pytest.raises(DecodeError, match=f"^a/{image.name}: .*again"):
+            decode(image.data, f"a/{image.name}")
+        return
+    pixels = decode(image.data, f"a/{image.name}")
+    assert (pixels.shape, pixels.dtype) == ((image.size[1], image.size[0], 3), "uint8")
 
 
 # Goldens: the published readers' rows from our parser. Theirs leave the ids of other splits unshifted; ours shift all

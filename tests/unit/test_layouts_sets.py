@@ -235,6 +235,20 @@ def test_check_finds_what_a_pack_would_refuse(case: SetCase, tmp_path) -> None:
     assert any(all(word in problem for word in case.error) for problem in problems), problems
 
 
+PICTURES = [case for case in (*GOOD, *market_cases(), *text_cases()) if case.rows and ".mat#" not in case.rows[0][0]]
+
+
+@pytest.mark.parametrize("case", PICTURES, ids=lambda case: case.name)
+def test_check_finds_half_a_picture_in_every_layout(case: SetCase | TreeCase, tmp_path) -> None:
+    """All but CUHK03 classic, whose pictures are cells of one file."""
+    path = case.rows[-1][0].partition("#")[0]
+    half = jpeg(3, (64, 128))
+    root = replace(case, files=case.files | {path: half[: len(half) // 2]}).write(tmp_path)
+    problems = problems_of(case.layout, root, **getattr(case, "options", {}))
+    assert problems
+    assert all(path in problem and "cannot be decoded" in problem for problem in problems), problems
+
+
 def test_check_names_every_file(tmp_path) -> None:
     market = market_cases()[0]
     wrong = {
