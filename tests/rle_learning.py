@@ -16,16 +16,16 @@ DIRECTIONS = ("regdb-visible-to-thermal", "regdb-thermal-to-visible")
 KEYS = ("rank1", "mAP", "chance_rank1", "chance_mAP")
 
 
-def learn(root: Path, *words: str, people: int = 200) -> dict[str, Any]:
+def learn(root: Path, *words: str, people: int = 400, images: int = 5) -> dict[str, Any]:
     """{"untrained", "trained": {direction: record}, "steps", "seconds"} of `rle/synthetic` on one process.
 
-    `people` are halved by the division that the recipe names, ten images in each modality of everybody; `words` are
+    `people` are halved by the division that the recipe names, `images` in each modality of everybody; `words` are
     overrides.
     """
     from reid_dist.training.loop import Hooks
     from reid_dist.training.worker import make_worker, prepare
 
-    small_table(root, "synthetic-regdb", num_train=0, num_test=people, images_per_id=10)
+    small_table(root, "synthetic-regdb", num_train=0, num_test=people, images_per_id=images)
     alone = ["training.num_workers=1", "training.checkpoint_every=0", "training.log_every=100"]
     recipe = methods.load_recipe("rle/synthetic", [f"data.root={root}", *alone, *words])
     prepared = prepare(recipe)

@@ -25,7 +25,7 @@ from tests.bench import rle_textbook
 from tests.rle_learning import DIRECTIONS, learn
 
 SIZE = (384, 192)
-SHORT = ("training.epochs=8", "schedule.milestones=[6]")  # of the recipe's 16, so that six runs take some minutes
+SHORT = ("training.epochs=12",)  # of the recipe's 24, so that six runs take some minutes
 FORMS = {
     "with": ("model.augment.moderate=0.5", "model.augment.radical=0.2"),
     "without": ("model.augment.moderate=0", "model.augment.radical=0"),

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from tests.rle_learning import DIRECTIONS, learn
 
-CLEARLY = 1.5  # times the better of chance and the untrained network
+TIMES_CHANCE, TIMES_UNTRAINED = 2.0, 1.6  # SEEDS
 
 
 def test_trained_beats_untrained_and_chance_both_ways(tmp_path: Path) -> None:
-    run = learn(tmp_path)
+    run = learn(tmp_path, "training.epochs=16", people=300, images=4)
     for name in DIRECTIONS:
         after, before = run["trained"][name], run["untrained"][name]
-        floor = max(before["mAP"], after["chance_mAP"])
-        assert after["mAP"] > CLEARLY * floor, (name, run)
+        assert after["mAP"] > TIMES_CHANCE * after["chance_mAP"], (name, run)
+        assert after["mAP"] > TIMES_UNTRAINED * before["mAP"], (name, run)
         assert after["rank1"] > max(before["rank1"], after["chance_rank1"]), (name, run)

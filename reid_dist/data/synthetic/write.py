@@ -58,7 +58,7 @@ FORMS: Mapping[str, tuple[Plan, Mapping[str, Any]]] = {
     "sysu-mm01": (shots.sysu_shots, {**_MIXED, "num_val": 20, "images_per_id": 4}),
     "regdb": (
         shots.regdb_shots,
-        {**_MIXED, "num_train": 0, "num_test": 200, "images_per_id": 10, "dual_sensor": True},
+        {**_MIXED, "difficulty": "mild", "num_train": 0, "num_test": 400, "images_per_id": 5, "dual_sensor": True},
     ),
     "llcm": (shots.llcm_shots, {**_MIXED, "num_cameras": 9, "images_per_id": 4}),
 }
