@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.rle_learning import DIRECTIONS, learn
 
-TIMES_CHANCE, TIMES_UNTRAINED = 2.0, 1.6  # SEEDS
+TIMES_CHANCE, TIMES_UNTRAINED = 2.0, 2.0  # measured: 2.8 and 3.0, 2.5 and 3.3 (seed 0, 304 steps)
 
 
 def test_trained_beats_untrained_and_chance_both_ways(tmp_path: Path) -> None:
