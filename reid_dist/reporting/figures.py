@@ -34,6 +34,7 @@ class Curves:
     x_label: str = "step"
     percent: bool = False  # y holds fractions, the page shows percent
     note: str = ""
+    last_values: bool = True  # stand in the legend
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def data_uri(image: bytes) -> str:
 
 
 def line_chart(curves: Curves) -> Markup:
-    """A chart of lines with its legend (last values). Points that are not finite leave gaps; no data gives a
+    """A chart of lines with its legend. Points that are not finite leave gaps; no data gives a
     sentence."""
     scale = 100.0 if curves.percent else 1.0
     thinned = {n: _thin(np.asarray(x, float), scale * np.asarray(y, float)) for n, (x, y) in curves.series.items()}
@@ -113,7 +114,7 @@ def line_chart(curves: Curves) -> Markup:
         )
         parts.append(Markup("<path {} d='{}'/>").format(style, _path(*place(x, y))))
         key = Markup("<svg class=key viewBox='0 0 24 6' aria-hidden=true><path {} d='M0 3H24'/></svg>").format(style)
-        last = _number(y[np.isfinite(y)][-1]) + (" %" if curves.percent else "")
+        last = _number(y[np.isfinite(y)][-1]) + (" %" if curves.percent else "") if curves.last_values else ""
         legend.append(Markup("<li>{}{} <b>{}</b></li>").format(key, name, last))
     mean_of = max(steps for _, _, steps in thinned.values())
     notes = [curves.note, f"Each point is the mean of up to {mean_of} records." if mean_of > 1 else ""]

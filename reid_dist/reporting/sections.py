@@ -3,9 +3,10 @@
 A figure is {"kind", "title", "text", "data"}; what `data` holds depends on the kind:
 
     expert_usage  {block: {modality: counts [E]}}
-    lines         {series name: [x, y]}
+    charts        {"x_label", "charts": {title: {series name: [x, y]}}}, side by side
     table         {"header": [...], "rows": [[...]]}
-    images        [{"label", "pictures": [{"png": base64, "label"}]}], a strip per entry
+    images        [{"label", "pictures": [{"png": base64, "label"}]}], a strip per entry; a label is a text, or
+                  [[piece, whether it is marked], ...]
 """
 
 from __future__ import annotations
@@ -20,6 +21,24 @@ from reid_dist.reporting.figures import Curves, data_uri, expert_usage, line_cha
 from reid_dist.reporting.page import Section
 from reid_dist.reporting.tables import table
 
+MARKED, PLAIN = Markup("<mark>{}</mark>"), Markup("{}")
+
+
+def _label(label: str | list[tuple[str, bool]]) -> Markup:
+    if isinstance(label, str):
+        return PLAIN.format(label)
+    return Markup("").join((MARKED if marked else PLAIN).format(piece) for piece, marked in label)
+
+
+def _charts(data: Mapping[str, Any]) -> Markup:
+    charts = [
+        line_chart(
+            Curves(title, {name: (xy[0], xy[1]) for name, xy in series.items()}, data["x_label"], last_values=False)
+        )
+        for title, series in data["charts"].items()
+    ]
+    return Markup("<div class=charts>{}</div>").format(Markup("").join(charts))
+
 
 def _images(strips: list[Mapping[str, Any]]) -> Markup:
     rows = []
@@ -32,7 +51,7 @@ def _images(strips: list[Mapping[str, Any]]) -> Markup:
         )
         rows.append(
             Markup("<div class=strip><p>{}</p><div class=pictures>{}</div></div>").format(
-                strip.get("label", ""), pictures
+                _label(strip.get("label", "")), pictures
             )
         )
     return Markup("").join(rows)
@@ -40,7 +59,7 @@ def _images(strips: list[Mapping[str, Any]]) -> Markup:
 
 KINDS: Mapping[str, Callable[[Any], Markup]] = {
     "expert_usage": lambda data: expert_usage(data),
-    "lines": lambda data: line_chart(Curves("", {name: (xy[0], xy[1]) for name, xy in data.items()})),
+    "charts": _charts,
     "table": lambda data: table(data["header"], data["rows"]),
     "images": _images,
 }

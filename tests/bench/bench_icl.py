@@ -190,7 +190,7 @@ def start_weights(folder: Path, file: str, people: int, epochs: int) -> dict[str
 
 def learning_bench(
     folder: Path, seeds: tuple[int, ...] = (1, 2, 3), epochs: int = 6, people: int = 100, warm: str = "",
-    warm_epochs: int = 6, warm_people: int = 300,
+    warm_epochs: int = 6, warm_people: int = 300, only: str = "", more: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
     """Figures of each run as they come, then mean and range over seeds."""
     start = start_weights(folder, warm, warm_people, warm_epochs)
@@ -198,7 +198,9 @@ def learning_bench(
     for seed in seeds:
         root = world(folder, seed, people)
         for name, words in RUNS.items():
-            run = fit(root, seed, [*SIZES, *FINE_TUNE, f"training.epochs={epochs}", *words], start)
+            if only not in name:
+                continue
+            run = fit(root, seed, [*SIZES, *FINE_TUNE, f"training.epochs={epochs}", *words, *more], start)
             line = {"seed": seed, "run": name, "mAP before": run["before"], **run["scores"], "steps": run["steps"],
                     "cpu_seconds": run["cpu_seconds"]}  # fmt: skip
             if run["notes"]:

@@ -109,19 +109,24 @@ def test_figures_of_a_runs_metrics(known: bool) -> None:
         for n in range(6)
     ]
     figures = division_figures([{"kind": "step", "step": 1, "loss": 1.0}, *notes])
-    assert [figure["kind"] for figure in figures] == ["table"] + ["lines"] * 8  # 4 epochs, 2 branches
+    assert [figure["kind"] for figure in figures] == ["table"] + ["charts"] * 4  # epochs
     assert len(figures[0]["data"]["rows"]) == 6
     assert ("precision" in figures[0]["data"]["header"]) is known
-    series = figures[1]["data"]
+    assert set(figures[1]["data"]["charts"]) == {"Global branch", "Selected branch"}
+    series = figures[1]["data"]["charts"]["Global branch"]
     assert ("mismatched pairs" in series) is known
     x, curve = series["mixture, clean"]
     assert sum(curve) == pytest.approx(700, rel=0.05)  # the component's pairs, bin by bin
     assert x[int(np.argmax(curve))] < 0.4
     for figure in figures:
-        assert section_of(figure).title == figure["title"]
+        section = section_of(figure)
+        assert section.title == figure["title"]
+    assert str(section.content[0]).count("<svg class=chart") == 2
+    assert "loss, scaled to 0 ... 1" in str(section.content[0])
     assert division_figures([{"kind": "step", "step": 1}]) == []
     flat = division_record(divide(np.ones((9, 2)), LOOSE, plan_rng(1, 0, "c")), 1, None)
-    assert len(division_figures([{"kind": "division", **flat}])) == 3  # without mixtures
+    (_, without) = division_figures([{"kind": "division", **flat}])
+    assert set(without["data"]["charts"]["Global branch"]) == {"trusted pairs", "untrusted pairs"}  # no mixtures
 
 
 def test_the_report_job_shows_them() -> None:
@@ -131,5 +136,5 @@ def test_the_report_job_shows_them() -> None:
     notes = [
         {"kind": "division", "step": 0, **division_record(divide(np.ones((9, 2)), LOOSE, plan_rng(1, 0, "c")), 1, None)}
     ]
-    assert [figure["kind"] for figure in of_training(methods.get("icl"), notes)] == ["table", "lines", "lines"]
+    assert [figure["kind"] for figure in of_training(methods.get("icl"), notes)] == ["table", "charts"]
     assert of_training(methods.get("comoe"), notes) == []

@@ -375,9 +375,16 @@ def test_selected_tokens_are_drawn() -> None:
     assert figure is not None
     assert len(figure["data"]) == 6
     first = figure["data"][0]
-    assert first["label"].replace("[", "").replace("]", "") == stage.view.captions[0][0]
-    assert 1 <= first["label"].count("[") <= int(0.3 * 22)
-    assert "img" in str(section_of(figure).content[0])
+    assert "".join(text for text, _ in first["label"]) == stage.view.captions[0][0]
+    marks = sum(mark for _, mark in first["label"])
+    assert 1 <= marks <= int(0.3 * 22)
+    html = str(section_of(figure).content[0])
+    assert html.count("<img") == 2 * 6
+    assert html.count("<mark>") == sum(mark for strip in figure["data"] for _, mark in strip["label"])
     assert selected_tokens(DualEncoder(stage.config), settings, stage.view, {"image": sides["image"]}) is None
-    words = stage.tokenizer.encode("a man's red hat", 12)
-    assert marked(words.tolist(), {2}, stage.tokenizer).startswith("a [man] 's red")
+    words = stage.tokenizer.encode("a man's full-sleeved hat, red.", 16).tolist()
+    hat = words.index(stage.tokenizer.bpe("hat")[0])
+    assert marked(words, {2, hat}, stage.tokenizer) == [
+        ("a ", False), ("man", True), ("'s full-sleeved ", False), ("hat", True), (", red.", False),
+    ]  # fmt: skip
+    assert marked(words, set(), stage.tokenizer) == [("a man's full-sleeved hat, red.", False)]

@@ -19,13 +19,13 @@ from reid_dist.methods.icl.method import eval_batch
 from reid_dist.methods.icl.model import DualEncoder, arch_of
 from reid_dist.methods.spec import EvalSide, device_of
 
-SHOWN, SCALE = 6, 2  # images drawn, enlargement
+SHOWN, HEIGHT = 6, 256  # images drawn, pixels of height
 
 
 def selected_tokens(
     model: nn.Module, recipe: Recipe, view: TableView, sides: Mapping[str, EvalSide]
 ) -> dict[str, Any] | None:
-    """Test images beside themselves with all but the selected patches dimmed; their captions with selected pieces in [ ].
+    """Test images beside themselves with all but the selected patches dimmed; their captions with selected pieces marked.
 
     None without image or text items.
     """
@@ -44,14 +44,14 @@ def selected_tokens(
     size = arch_of(recipe.model).image_size
     strips = []
     for image, mask, caption in zip(view.images(rows), patches, captions, strict=True):
-        picture = np.asarray(Image.fromarray(image).resize((size[1] * SCALE, size[0] * SCALE)))
+        picture = np.asarray(Image.fromarray(image).resize((round(HEIGHT * size[1] / size[0]), HEIGHT)))
         pictures = [{"png": _png(picture), "label": "image"}, {"png": _png(dimmed(picture, mask)), "label": "selected"}]
         strips.append({"label": caption, "pictures": pictures})
     return {
         "kind": "images",
         "title": "Selected tokens",
         "text": "Patches and word pieces from which the second embedding is made: those to which the global token of the last "
-        "block attends most. Pieces in [ ] are selected.",
+        "block attends most. Bright patches and marked pieces are selected.",
         "data": strips,
     }
 
@@ -68,7 +68,9 @@ def _patches(model: DualEncoder, recipe: Recipe, view: TableView, side: EvalSide
 
 
 @torch.inference_mode()
-def _captions(model: DualEncoder, recipe: Recipe, view: TableView, side: EvalSide, places: np.ndarray) -> list[str]:
+def _captions(
+    model: DualEncoder, recipe: Recipe, view: TableView, side: EvalSide, places: np.ndarray
+) -> list[list[tuple[str, bool]]]:
     ids = eval_batch(recipe.model, view, side, places)["ids"]
     _, _, index, count = model.encode_text(ids.to(device_of(model)))
     tokenizer = clip_tokenizer(arch_of(recipe.model).vocab_size)
@@ -76,16 +78,29 @@ def _captions(model: DualEncoder, recipe: Recipe, view: TableView, side: EvalSid
     return [marked(row, picked, tokenizer) for row, picked in zip(ids.tolist(), chosen, strict=True)]
 
 
-def marked(ids: list[int], picked: set[int], tokenizer: ClipTokenizer) -> str:
-    """The words of `ids` with the pieces at places `picked` in brackets."""
-    text = ""
+def marked(ids: list[int], picked: set[int], tokenizer: ClipTokenizer) -> list[tuple[str, bool]]:
+    """The text of `ids` in runs: (text, whether its pieces stand at places `picked`). Punctuation follows its word closely."""
+    runs: list[tuple[str, bool]] = []
     for place, number in enumerate(ids):
         if number in (0, tokenizer.start_id, tokenizer.end_id):
             continue
-        piece = tokenizer.decode([number])
-        word, blank = piece.rstrip(), " " * (piece != piece.rstrip())
-        text += (f"[{word}]" if place in picked else word) + blank
-    return text.strip()
+        piece, mark = tokenizer.decode([number]), place in picked
+        piece = "-" if piece == "- " else piece
+        if not runs:
+            runs.append((piece, mark))
+            continue
+        before, marks = runs.pop()
+        text = before.rstrip()
+        blank = " " * (text != before and piece[0].isalnum())
+        if marks == mark:
+            runs.append((text + blank + piece, mark))
+        elif marks:  # the blank between belongs to what is not marked
+            runs += [(text, True), (blank + piece, False)]
+        else:
+            runs += [(text + blank, False), (piece, True)]
+    if runs:
+        runs[-1] = (runs[-1][0].rstrip(), runs[-1][1])
+    return runs
 
 
 def dimmed(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:

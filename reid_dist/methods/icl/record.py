@@ -62,21 +62,27 @@ def _density(mixture: Sequence[Sequence[float]], component: int, pairs: int, x: 
     return density
 
 
-def _chart(record: Mapping[str, Any], branch: str) -> dict[str, Any]:
+def _series(record: Mapping[str, Any], branch: str) -> dict[str, Any]:
     x = (np.arange(BINS) + 0.5) / BINS
     content, pairs = record[branch], record["pairs"]
     wanted = ("matched", "mismatched") if "matched" in content else ("trusted", "untrusted")
     series: dict[str, Any] = {f"{name} pairs": [x.tolist(), content[name]] for name in wanted}
     for component, name in enumerate(("clean", "noisy")) if "mixture" in content else ():
         series[f"mixture, {name}"] = [x.tolist(), _density(content["mixture"], component, pairs, x)]
-    known = (
-        "Pairs by whether their caption is truly theirs." if "matched" in content else "Pairs by the label they got."
-    )
+    return series
+
+
+def _charts(record: Mapping[str, Any]) -> dict[str, Any]:
+    known = "matched" in record[BRANCHES[0]]
+    told = "whether their caption is truly theirs" if known else "the label they got"
     return {
-        "kind": "lines",
-        "title": f"Losses of the {branch} branch before epoch {record['number']}",
-        "text": f"Pairs per bin over the loss scaled to 0 ... 1, and the two fitted Gaussians. {known}",
-        "data": series,
+        "kind": "charts",
+        "title": f"Losses before epoch {record['number']}",
+        "text": f"Pairs per bin by {told}, and the two fitted Gaussians.",
+        "data": {
+            "x_label": "loss, scaled to 0 ... 1",
+            "charts": {f"{branch.capitalize()} branch": _series(record, branch) for branch in BRANCHES},
+        },
     }
 
 
@@ -99,4 +105,4 @@ def division_figures(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     table = {"kind": "table", "title": "Division of the training pairs", "text": text + found,
              "data": {"header": header, "rows": rows}}  # fmt: skip
     picked = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, min(SHOWN, len(records))).astype(int))]
-    return [table, *(_chart(record, branch) for record in picked for branch in BRANCHES)]
+    return [table, *(_charts(record) for record in picked)]
