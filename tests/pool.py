@@ -72,6 +72,7 @@ class Pool:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(len(members), theirs), daemon=True)
             process.start()
+            theirs.close()  # so that the end of the process is seen at this side
             members.append((process, ours))
         self._count += 1
         store = os.path.join(self._folder.name, f"store-{self._count}")
@@ -84,7 +85,10 @@ class Pool:
                 raise AssertionError(
                     f"rank {rank} of {world} did not answer in {timeout} s in {function.__name__}{args}"
                 )
-            results.append(pipe.recv())
+            try:
+                results.append(pipe.recv())
+            except (EOFError, ConnectionError):
+                results.append((False, "its process died"))
         failed = [(rank, text) for rank, (good, text) in enumerate(results) if not good]
         if failed:
             self._end(world)  # the other ranks may be stuck in a collective

@@ -239,7 +239,8 @@ class Worker:
             self.model.train()
             self._write({"kind": "eval", "step": progress.step, "epoch": progress.epoch, **self.metrics})
         progress = replace(progress, metrics=dict(self.metrics))
-        if last or (training.checkpoint_every and progress.epoch % training.checkpoint_every == 0):
+        epochs, steps = training.checkpoint_every, training.checkpoint_every_steps
+        if last or (epochs and progress.epoch % epochs == 0) or (steps and progress.step % steps == 0):
             self._checkpoint(stage, state, progress)
         latest = dict(self.losses[-1]) if self.losses else {}
         self.hooks.report({**latest, **self.metrics, "stage": progress.stage, "epoch": progress.epoch})

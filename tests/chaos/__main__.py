@@ -6,6 +6,8 @@ that lie there, so it can be run in pieces. Exit 1 when something was not surviv
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import sys
 import tempfile
@@ -35,12 +37,20 @@ SCENARIOS: dict[str, Callable[[Path, Path], list[Row]]] = {
 }
 
 
+@functools.cache
+def tables_of(recipe: str) -> Path:
+    """The tables of a recipe, made once and removed at the end of the program."""
+    folder = tempfile.TemporaryDirectory(prefix="reid-chaos-tables-")
+    atexit.register(folder.cleanup)
+    small_tables(Path(folder.name), methods.load_recipe(recipe))
+    return Path(folder.name)
+
+
 def strike(name: str, place: Path) -> list[Row]:
     """The rows of one scenario, also when it failed."""
+    recipe = f"{name.partition('-')[0]}/tiny"
     with tempfile.TemporaryDirectory(prefix="reid-chaos-") as folder:
-        tables = Path(folder) / "tables-of"
-        recipe = f"{name.partition('-')[0]}/tiny"
-        small_tables(tables, methods.load_recipe(recipe if recipe in methods.recipes() else "comoe/tiny"))
+        tables = tables_of(recipe if recipe in methods.recipes() else "comoe/tiny")
         try:
             rows = SCENARIOS[name](Path(folder), tables)
         except Exception as error:

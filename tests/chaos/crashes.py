@@ -3,15 +3,20 @@ by silence; and a bug that comes again. Every strike is planned beforehand and d
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
+from unittest import mock
 
-import torch
+import pytest
 
 from jobs.postmortem import postmortem
 from reid_dist.runs import Run
-from tests.chaos.struck import Row, clean_environment, left_behind, rows_of, same_weights, uninterrupted, words
+from tests.chaos.struck import Row, attempt, clean_environment, judged, left_behind, rows_of, uninterrupted, warm, words
+from tests.dist.cells import train_recipe
 from tests.e2e.job import Job
 from tests.injection import Faults
+from tests.pool import Pool
 
 LONG = ("training.max_steps=24", "training.epochs=40", "training.max_failures=8", "training.hang_timeout_s=8")
 
@@ -20,13 +25,6 @@ def _run(folder: Path, tables: Path, recipe: str, faults: Faults, *more: str) ->
     command = words(recipe, tables, str(folder / "runs"), recipe.replace("/", "-"), *more)
     _, record, _ = Job(*command, environment=clean_environment(**faults.environment)).finish(900)
     return Run.read(f"{folder}/runs/{recipe.replace('/', '-')}"), record
-
-
-def _judged(rows: list[Row], run: Run, weights: dict[str, torch.Tensor]) -> list[Row]:
-    equal, left = same_weights(run, weights), left_behind(run)
-    for row in rows:
-        row.weights_equal, row.left_behind = equal, len(left)
-    return rows
 
 
 def workers(folder: Path, tables: Path) -> list[Row]:
@@ -40,7 +38,7 @@ def workers(folder: Path, tables: Path) -> list[Row]:
     assert (record["exit_code"], record.get("restarts")) == (0, 4), record
     names = ["worker killed (-9) in mid-epoch", "the same again before a new checkpoint (two in a row)",
              "worker killed while it publishes a checkpoint", "rank stops answering (limit 8 s)"]  # fmt: skip
-    rows = _judged(rows_of(faults, names, {}), run, uninterrupted("comoe/tiny", tables, *LONG[:2]))
+    rows = judged(rows_of(faults, names, {}), run, uninterrupted("comoe/tiny", tables, *LONG[:2]))
     reason = run.card()["restarts"][-1]["reason"]
     assert "rank 1 stopped answering in _do (sitecustomize.py" in reason, reason
     stacks = [entry.key for entry in run.store.list("logs/") if "stacks" in entry.key]
@@ -64,16 +62,31 @@ def repeated_bug(folder: Path, tables: Path) -> list[Row]:
 
 
 def _pass(folder: Path, tables: Path, recipe: str, epoch: int, what: str) -> list[Row]:
+    """Rank 1 dies in mid-pass of that epoch, the other of its absence; the next attempt continues. Without Ray."""
     faults = Faults(folder / "faults")
     faults.add("pass", "extract", epoch, "kill", rank=1)
-    run, record = _run(folder, tables, recipe, faults)
-    assert (record["exit_code"], record.get("restarts"), faults.struck("pass")) == (0, 1, [1]), record
-    return _judged(rows_of(faults, [what], {}), run, uninterrupted(recipe, tables))
+    run, mapping = attempt(recipe, str(tables), str(folder / "runs"))
+    with mock.patch.dict(os.environ, faults.environment):
+        pool = Pool()
+        try:
+            with pytest.raises(AssertionError, match="its process died"):
+                pool.run(train_recipe, 2, mapping, run.uri, None, None, run.attempt)
+        finally:
+            pool.close()
+    struck = time.time()
+    assert faults.struck("pass") == [1]
+    done = faults.starts()[-1].last + 1
+    run, mapping = attempt(recipe, str(tables), str(folder / "runs"))
+    losses = warm().run(train_recipe, 2, mapping, run.uri, None, None, run.attempt)[0]["losses"]
+    run.write_record({"exit_code": 0})
+    lost = done - int(losses[0]["step"]) + 1
+    row = Row(what, True, lost, round(time.time() - struck, 1), note="seconds to the end; two processes without Ray")
+    return judged([row], run, uninterrupted(recipe, tables))
 
 
 def muva_memory(folder: Path, tables: Path) -> list[Row]:
     """A worker dies while the memory is built from the whole training set."""
-    return _pass(folder, tables, "muva/tiny", 0, "worker killed in the memory rebuild of MUVA")
+    return _pass(folder, tables, "muva/tiny", 2, "worker killed in the memory rebuild of MUVA")
 
 
 def climb_memory(folder: Path, tables: Path) -> list[Row]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -12,8 +14,9 @@ import torch
 
 from reid_dist import methods
 from reid_dist.config import to_mapping
-from reid_dist.runs import Run
+from reid_dist.runs import Run, identity_of
 from reid_dist.training import checkpoint as checkpoints
+from reid_dist.training.worker import open_data
 from tests.dist.cells import train_recipe
 from tests.e2e.job import Job
 from tests.injection import Faults, wait_until
@@ -33,7 +36,7 @@ class Row:
     note: str = ""
 
 
-def words(recipe: str, root: Path, output: str, name: str, *more: str) -> list[str]:
+def words(recipe: str, root: Path | str, output: str, name: str, *more: str) -> list[str]:
     """A training command with two workers that writes a checkpoint every second step."""
     return [
         "jobs.train", recipe, f"data.root={root}", f"output={output}", f"name={name}", "training.num_workers=2",
@@ -41,16 +44,36 @@ def words(recipe: str, root: Path, output: str, name: str, *more: str) -> list[s
     ]  # fmt: skip
 
 
+@functools.cache
+def warm() -> Pool:
+    """Plain gloo processes without Ray, for what nothing kills; they end with the program."""
+    pool = Pool()
+    atexit.register(pool.close)
+    return pool
+
+
+@functools.cache
 def uninterrupted(recipe: str, root: Path, *more: str) -> dict[str, torch.Tensor]:
-    """Final weights of the same training that nothing strikes: two plain gloo processes, without Ray and without storage."""
+    """Final weights of the same training with two workers that nothing strikes, without Ray and without storage."""
     overrides = [word for word in words(recipe, root, "unused", "quiet", *more)[2:] if "checkpoint" not in word]
     mapping: dict[str, Any] = to_mapping(methods.load_recipe(recipe, overrides))
-    pool = Pool()
-    try:
-        weights: dict[str, torch.Tensor] = pool.run(train_recipe, 2, mapping)[0]["weights"]
-        return weights
-    finally:
-        pool.close()
+    weights: dict[str, torch.Tensor] = warm().run(train_recipe, 2, mapping)[0]["weights"]
+    return weights
+
+
+def attempt(recipe: str, root: str, output: str, *more: str) -> tuple[Run, dict[str, Any]]:
+    """One more attempt of a run without Ray: (the run, the arguments by which two processes of a pool train it)."""
+    built = methods.load_recipe(recipe, words(recipe, root, output, "struck", *more)[2:])
+    run = Run.open(built.uri, identity_of(built, open_data(built).train.versions), built)
+    return run, to_mapping(built)
+
+
+def judged(rows: list[Row], run: Run, weights: dict[str, torch.Tensor]) -> list[Row]:
+    """The rows, with what became of the weights and of the place."""
+    equal, left = same_weights(run, weights), left_behind(run)
+    for row in rows:
+        row.weights_equal, row.left_behind = equal, len(left)
+    return rows
 
 
 def same_weights(run: Run, weights: dict[str, torch.Tensor]) -> bool:

@@ -84,7 +84,8 @@ def test_a_hang_is_the_reason_that_is_told(run: Run, monkeypatch: pytest.MonkeyP
 
 
 def test_a_worker_notes_where_it_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = [f"data.root={tmp_path}", f"output={tmp_path}/runs", "training.eval_every=0", "training.max_steps=4"]
+    words = [f"data.root={tmp_path}", f"output={tmp_path}/runs", "training.eval_every=0", "training.max_steps=11"]
+    words += ["training.checkpoint_every=0", "training.checkpoint_every_steps=5", "training.keep_last=9"]
     recipe = methods.load_recipe("comoe/tiny", words)
     small_tables(tmp_path, recipe)
     run = Run.open(recipe.uri, identity_of(recipe, {}), recipe)
@@ -96,7 +97,8 @@ def test_a_worker_notes_where_it_failed(tmp_path: Path, monkeypatch: pytest.Monk
     config = {"recipe": to_mapping(recipe), "run": run.uri, "attempt": 1, "start": 1}
     summary = launch._worker(config)
     assert summary is not None
-    assert (summary["steps"], summary["num_workers"]) == (4, 1)
+    assert (summary["steps"], summary["num_workers"]) == (11, 1)
+    assert [c["step"] for c in run.checkpoints()] == [5, 10, 11]  # an epoch has five steps: its end is a fifth step too
     assert not [note for note in run.notes() if note["kind"] in ("failure", "hang")]
 
     def fails(*words: Any) -> None:
