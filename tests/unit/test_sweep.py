@@ -14,6 +14,7 @@ import pytest
 from reid_dist import methods
 from reid_dist.config import Recipe, RecipeError, flatten, to_mapping
 from reid_dist.errors import UserError
+from reid_dist.methods.muva.prompts import settings_keys
 from reid_dist.runs.identity import FREE
 from tuning.axes import combinations, grid_values
 from tuning.constraints import Constraint
@@ -283,3 +284,16 @@ def test_a_sweep_file_may_extend_another(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean 'synthetic'"):
         load_sweep("synthetik")
     assert methods.recipe_path("comoe/tiny").exists()
+
+
+def test_stage_1_of_the_shipped_muva_sweep_is_one_that_its_trials_may_start_from() -> None:
+    """MUVA refuses prompts of other people or settings: same tables, same hold-out, same seed, same settings."""
+    found = trials(load_sweep("muva_finetune")).trials
+    stages = {trial.name: trial.recipe for trial in found if not trial.scorings}
+    followers = [trial for trial in found if trial.scorings]
+    assert (len(stages), len(followers)) == (2, 12)
+    for trial in followers:
+        (first,) = (stages[name] for name in trial.needs)
+        assert settings_keys(first.model).tolist() == settings_keys(trial.recipe.model).tolist()
+        assert (first.data, first.seed) == (trial.recipe.data, trial.recipe.seed)
+        assert trial.recipe.init == f"run:{first.uri}"
