@@ -67,6 +67,8 @@ def test_cards_logs_reports_and_postmortems_hold_no_secret(tmp_path: Path, monke
     with ship_logs(run, "rank-0"):
         logging.getLogger("reid_dist").warning("env: %s", text)
     run.note_restart(reason=text, step=1)
+    run.note("failure", rank=0, start=1, step=1, error=text, trace="t")
+    run.note("hang", rank=0, start=1, step=1, seconds=9.0, waiting=False, where=text, stacks="logs/x")
     write_page(page_input(run.card(), run.metrics(), [evaluation(tmp_path, "a person")], None), run.store, None)
     told = json.dumps(postmortem([run.uri])) + json.dumps(runs.main(["show", run.uri]))
     stored = {path: path.read_bytes() for path in Path(run.uri).rglob("*") if path.is_file()}
