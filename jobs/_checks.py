@@ -146,7 +146,9 @@ def open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= 65536 or soft == resource.RLIM_INFINITY:
         return Finding("open files", "good", str(soft))
-    mend = f"`ulimit -n 65536` before `ray start` (cluster/env.sh does it; the hard limit is {hard})"
+    mend = "`ulimit -n 65536` before `ray start` (cluster/env.sh does it)"
+    if hard != resource.RLIM_INFINITY and hard < 65536:
+        mend = f"the hard limit is {hard}: raise it in /etc/security/limits.conf, or `docker --ulimit nofile=65536`"
     return Finding("open files", "warning", str(soft), mend)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -80,6 +82,21 @@ class Head:
     node: Node | None = None
     nodes: list[Node] = field(default_factory=list)
 
+    def ray(self, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """A command of Ray's CLI."""
+        command = [str(BIN / "ray"), *words]
+        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout)
+
+    def alive(self) -> list[str]:
+        """Ids of the nodes that are up, by the dashboard; empty where it does not answer."""
+        state = "filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            asked = urllib.request.Request(f"{self.dashboard}/api/v0/nodes?{state}")
+            asked.add_header("Authorization", f"Bearer {Path(self.environment['RAY_AUTH_TOKEN_PATH']).read_text()}")
+            with urllib.request.urlopen(asked, timeout=10) as answer:
+                return [node["node_id"] for node in json.load(answer)["data"]["result"]["result"]]
+        return []
+
     @property
     def client(self) -> dict[str, str]:
         """The environment of a job that is started beside the head, as `ray job submit` would start it there."""
@@ -87,11 +104,8 @@ class Head:
 
     def submit(self, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir . -- python -m <words>`, followed to its end."""
-        command = [str(BIN / "ray"), "job", "submit", "--address", self.dashboard, "--working-dir", ".", "--"]
-        return subprocess.run(
-            [*command, sys.executable, "-m", *words],
-            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout,
-        )  # fmt: skip
+        sent = ["job", "submit", "--address", self.dashboard, "--working-dir", "."]
+        return self.ray(*sent, "--", sys.executable, "-m", *words, timeout=timeout)
 
     def add(self, num_cpus: int = 1) -> Node:
         """One more node. One whose agents are not up within Ray's 15 s (on a busy machine) is started again, as in a fleet."""
@@ -114,9 +128,7 @@ class Head:
         """Announce that a node will be taken away, as a cloud does with a spot machine."""
         command = ["drain-node", "--address", self.address, "--node-id", node.id, "--reason",
                    "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds"]  # fmt: skip
-        done = subprocess.run(
-            [str(BIN / "ray"), *command, str(deadline_s)], env=self.environment, capture_output=True, text=True
-        )
+        done = self.ray(*command, str(deadline_s))
         assert done.returncode == 0, done.stdout + done.stderr
 
 

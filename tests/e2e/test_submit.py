@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import subprocess
+import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from reid_dist import methods
-from tests.e2e.cluster import Head, head
+from reid_dist.runs import Run
+from tests.e2e.cluster import ROOT, Head, head
+from tests.injection import wait_until
 from tests.worlds import small_tables
 
 
@@ -83,6 +89,50 @@ def test_demo(cluster: Head, place: Path) -> None:
     }
     assert wanted <= record.keys()
     assert (record["steps"], record["num_workers"], record["zero_stage"]) == (12, 2, 1)
+
+
+def exported(cluster: Head) -> set[str]:
+    """Names of the metrics that Prometheus would read from all processes of the cluster."""
+    found = json.loads((cluster.folder / "prom_metrics_service_discovery.json").read_text())
+    names: set[str] = set()
+    for target in [target for group in found for target in group["targets"]]:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+            names |= set(re.findall(r"^(ray_\w+)[ {]", answer.read().decode(), re.MULTILINE))
+    return names
+
+
+def test_job_stop_ends_with_a_checkpoint(cluster: Head, place: Path) -> None:
+    run = place / "runs/long"
+    many = ["training.epochs=400", "training.max_steps=2000", "training.checkpoint_every_steps=7"]
+    words = ["jobs.train", "comoe/tiny", f"data.root={place}", f"output={place}/runs", "name=long", *many]
+    there = ["--address", cluster.dashboard]
+    sent = ["job", "submit", *there, "--working-dir", ".", "--no-wait", "--submission-id", "long"]
+    started = cluster.ray(*sent, "--", sys.executable, "-m", *words, "training.log_every=1")
+    assert started.returncode == 0, started.stderr
+    wait_until(lambda: (run / "checkpoints").is_dir() and Run.read(str(run)).latest_step() > 0, "a checkpoint")
+    panels = json.loads((ROOT / "cluster/monitoring/dashboard.json").read_text())["panels"]
+    lines = [re.sub(r"by \([^)]*\)", "", panel["targets"][0]["expr"]) for panel in panels]
+    shown = {name for line in lines for name in re.findall(r"ray_[a-z_]+", line) if not re.search("gpu|gram", name)}
+    assert "ray_reid_training_step" in shown
+    wait_until(lambda: shown <= exported(cluster), f"of {shown} some are not exported", 60)
+    stopped = cluster.ray("job", "stop", *there, "long")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    record = json.loads((run / "record.json").read_text())
+    at = re.search(r"at step (\d+); the same command continues", record["error"])
+    assert at, record
+    assert int(at[1]) == Run.read(str(run)).latest_step()
+
+
+def test_doctor_looks_at_every_node(cluster: Head, place: Path) -> None:
+    cluster.add()
+    result = cluster.submit("jobs.doctor", "--cluster", f"storage={place}")
+    record = json.loads([line for line in result.stdout.splitlines() if line.lstrip().startswith('{"job"')][-1])
+    assert len(record["nodes"]) == 2
+    for findings in record["nodes"].values():
+        states = {finding["what"]: finding["state"] for finding in findings}
+        good = ("python", "libraries", "authentication", "storage fence", "clock")
+        assert {what: states[what] for what in good} == dict.fromkeys(good, "good")
+    assert (result.returncode == 0) == (record["broken"] == 0)
 
 
 def test_wrong_input_is_exit_2_in_the_log_and_a_wrong_token_gets_nothing(cluster: Head) -> None:
