@@ -102,6 +102,16 @@ def test_onprem_counts_its_hosts() -> None:
     assert (kind["min_workers"], kind["max_workers"]) == (2, 2)
 
 
+@pytest.mark.parametrize("name", ["onprem", "laptop"])
+def test_the_providers_own_bootstrap_takes_the_file_as_it_is(name: str) -> None:
+    from ray.autoscaler._private.providers import _get_node_provider_cls
+
+    config = prepared(name)
+    made = _get_node_provider_cls(config["provider"]).bootstrap_config(copy.deepcopy(config))
+    assert made["available_node_types"] == config["available_node_types"]
+    assert made["provider"] == config["provider"]
+
+
 @pytest.fixture
 def ec2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """moto's EC2 in the region of aws.yaml, with a home of our own for the ssh key that Ray makes."""
