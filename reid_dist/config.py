@@ -82,10 +82,8 @@ class TrainingConfig:
     max_steps: int | None = None  # end after this many optimizer steps, whatever the epochs say
     global_batch: int = 64  # rows per optimizer step over all workers
     num_workers: int = 1
-    min_workers: int | None = (
-        None  # elastic: with fewer nodes go on with as few as these, and grow back when nodes come
-    )
-    resize_every_s: float = 60.0  # elastic: between two looks whether there is room for more workers
+    min_workers: int | None = None  # elastic: as few go on when nodes go; None: always num_workers
+    resize_every_s: float = 60.0  # elastic: between two looks for more room; a start waits as long for its own
     use_gpu: bool | None = None  # None: when the cluster has GPUs
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 1.0  # with use_gpu

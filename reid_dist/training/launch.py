@@ -154,6 +154,9 @@ def _scaling(recipe: Recipe, needs: dict[str, float]) -> Any:
 
     training = recipe.training
     least = training.min_workers
+    if least is not None:
+        # Ray Train may count a node that just went as still there, and then waits for room that will not come: not for long.
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{training.resize_every_s:g}"
     return ScalingConfig(
         num_workers=training.num_workers if least is None else (least, training.num_workers),
         use_gpu="GPU" in needs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import types
@@ -109,15 +110,17 @@ def test_out_of_memory_names_the_knobs() -> None:
     assert out_of_memory(RuntimeError("something else"), RECIPE) is None
 
 
-def test_an_elastic_recipe_is_a_range_for_ray_train() -> None:
+def test_an_elastic_recipe_is_a_range_for_ray_train(monkeypatch: pytest.MonkeyPatch) -> None:
     from reid_dist.training.launch import _scaling
 
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     fixed = _scaling(RECIPE, {"CPU": 1.0})
     assert (fixed.num_workers, fixed.use_gpu, fixed.elasticity_enabled) == (2, False, False)
     training = dataclasses.replace(RECIPE.training, num_workers=4, min_workers=2, resize_every_s=5.0)
     elastic = _scaling(dataclasses.replace(RECIPE, training=training), {"CPU": 1.0, "GPU": 1.0})
     assert (elastic.min_workers, elastic.max_workers, elastic.use_gpu) == (2, 4, True)
     assert elastic.elastic_resize_monitor_interval_s == 5.0
+    assert os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "5"
 
 
 def test_gauges_for_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
