@@ -229,7 +229,7 @@ def test_lines_are_what_the_jobs_take() -> None:
         _, values = words_of(verb)
         assert split_options(options, values, rest_allowed=False)[0].root == recipe.data.root
     run = f"{recipe.output}/{recipe.name}"
-    assert [words_of(verb)[0][0] for verb in ("evaluate", "extract", "report", "interact")] == [run] * 4
+    assert [words_of(verb)[0][0] for verb in ("evaluate", "extract", "report", "interact", "finetune_vlm")] == [run] * 5
     assert words_of("pack")[0][0] in layouts.names()
 
 
