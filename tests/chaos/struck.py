@@ -52,19 +52,13 @@ def warm() -> Pool:
     return pool
 
 
-def uninterrupted(recipe: str, root: Path, *more: str) -> dict[str, torch.Tensor]:
-    """Final weights of `quiet`."""
-    weights: dict[str, torch.Tensor] = quiet(recipe, root, *more)["weights"]
-    return weights
-
-
 @functools.cache
-def quiet(recipe: str, root: Path, *more: str) -> dict[str, Any]:
-    """The same training with two workers that nothing strikes, without Ray and without storage."""
+def uninterrupted(recipe: str, root: Path, *more: str) -> dict[str, torch.Tensor]:
+    """Final weights of the same training with two workers that nothing strikes, without Ray and without storage."""
     overrides = [word for word in words(recipe, root, "unused", "quiet", *more)[2:] if "checkpoint" not in word]
     mapping: dict[str, Any] = to_mapping(methods.load_recipe(recipe, overrides))
-    trained: dict[str, Any] = warm().run(train_recipe, 2, mapping)[0]
-    return trained
+    weights: dict[str, torch.Tensor] = warm().run(train_recipe, 2, mapping)[0]["weights"]
+    return weights
 
 
 def attempt(recipe: str, root: str, output: str, *more: str) -> tuple[Run, dict[str, Any]]:
