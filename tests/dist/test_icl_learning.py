@@ -1,4 +1,8 @@
-"""ICL with half of its captions exchanged: the division finds them, and training with it beats training that trusts all pairs."""
+"""ICL with half of its captions exchanged: the division finds them, and training with it beats training that trusts all pairs.
+
+Measured with seeds 1, 2, 3: precision 0.97, 0.98, 0.99; recall 0.69, 0.71, 0.66; mAP 0.668, 0.678, 0.756 divided and 0.510, 0.535,
+0.590 trusting all (a gain of 1.27 to 1.31 times); untrained 0.068 to 0.084, chance 0.074.
+"""
 
 from __future__ import annotations
 
