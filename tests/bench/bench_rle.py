@@ -2,7 +2,7 @@
 
 python -m tests.bench.bench_rle            both parts
 python -m tests.bench.bench_rle chain      images per second on one core at 384 x 192, beside the straightforward chain
-python -m tests.bench.bench_rle learning   synthetic-regdb over 3 seeds, with and without enhancement (some 5 minutes)
+python -m tests.bench.bench_rle learning   synthetic-regdb over 3 seeds, with and without enhancement (some 6 CPU minutes)
 """
 
 from __future__ import annotations
