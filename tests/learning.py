@@ -11,6 +11,7 @@ from torch import nn
 
 from reid_dist import methods
 from reid_dist.config import Recipe
+from reid_dist.methods.spec import MethodSpec
 from tests.worlds import small_table
 
 KEYS = ("rank1", "mAP", "chance_rank1", "chance_mAP")
@@ -39,8 +40,28 @@ def learn(root: Path, name: str, protocols: Sequence[str], words: Sequence[str] 
             "model": worker.model}  # fmt: skip
 
 
-def scores(recipe: Recipe, model: nn.Module, protocols: Sequence[str]) -> dict[str, dict[str, float]]:
-    """{protocol: rank1, mAP and what chance gives} by the job's own extraction and scoring."""
+def stored(root: Path, name: str, words: Sequence[str] = (), **world: Any) -> str:
+    """Train as `learn`, into a run below `root`; returns where it is."""
+    from reid_dist.runs import Run, identity_of
+    from reid_dist.training.loaded import facts_dict
+    from reid_dist.training.loop import Hooks
+    from reid_dist.training.worker import make_worker, prepare
+
+    recipe = methods.load_recipe(name, [f"data.root={root}", f"output={root}/runs", *ALONE, *words])
+    for table in dict.fromkeys((*recipe.data.train, *recipe.data.test)):
+        small_table(root, table, **world)
+    prepared = prepare(recipe)
+    run = Run.open(recipe.uri, identity_of(recipe, prepared.data.train.versions), recipe)
+    run.describe(model_facts=facts_dict(prepared.spec.facts(prepared.data)))
+    make_worker(recipe, prepared, run, Hooks()).train()
+    run.write_record({"steps": len(run.metrics())})
+    return run.uri
+
+
+def scores(
+    recipe: Recipe, model: nn.Module, protocols: Sequence[str], spec: MethodSpec | None = None
+) -> dict[str, dict[str, float]]:
+    """{protocol: rank1, mAP and what chance gives} by the job's own extraction and scoring; `spec`: not the method's own."""
     import torch
 
     from reid_dist.data.leaks import tested
@@ -51,7 +72,7 @@ def scores(recipe: Recipe, model: nn.Module, protocols: Sequence[str]) -> dict[s
     from reid_dist.training.encode import encode_side
     from reid_dist.training.loaded import LoadedModel
 
-    spec, view = methods.get(recipe.method), tested(open_view(recipe.data, recipe.data.test))
+    spec, view = spec or methods.get(recipe.method), tested(open_view(recipe.data, recipe.data.test))
     loaded = LoadedModel(recipe, spec, model.eval(), torch.device("cpu"), None, "", 0)
     result = {}
     for name in protocols:

@@ -54,20 +54,23 @@ class _Mixing:
             self.full = [self.laid.expand(cut.segment, 1, -1, -1)] * cut.segments
         else:
             self.full = list(self.laid.unsqueeze(-1).unbind(0))
+            self.flat = [part.flatten(0, 1) for part in self.full]
 
     def over_states(self, number: int, x: Tensor, out: Tensor) -> None:
-        """sum_n of this times x [t, r, n, w] -> out [t, r, w]."""
+        """sum_n of this times x [t r, n, w] -> out [t, r, w]."""
+        out = out.flatten(0, 1).unsqueeze(1)
         if self.constant:
-            torch.sum(self.full[number] * x, 2, out=out)
+            torch.sum(self.laid * x, 1, keepdim=True, out=out)
         else:
-            torch.bmm(self.full[number].flatten(0, 1).mT, x.flatten(0, 1), out=out.flatten(0, 1).unsqueeze(1))
+            torch.bmm(self.flat[number].mT, x, out=out)
 
     def over_channels(self, number: int, x: Tensor, g: Tensor, total: Tensor) -> None:
-        """Add to the gradient of `laid`, `total`: x [t, r, n, w], g [t, r, 1, w]."""
+        """Add to the gradient of `laid`, `total`: x [t r, n, w], g [t, r, 1, w]."""
+        g = g.flatten(0, 1)
         if self.constant:
-            total += (x * g).sum((0, 1))
+            total += (x * g).sum(0)
         else:
-            total[number].flatten(0, 1).unsqueeze(-1).baddbmm_(x.flatten(0, 1), g.flatten(0, 1).mT)
+            total[number].flatten(0, 1).unsqueeze(-1).baddbmm_(x, g.mT)
 
 
 class _Room:
@@ -86,6 +89,7 @@ class _Room:
         self.h_in, self.h_out = self.h[:-1], self.h[1:]
         self.entering = self.h_in[:: cut.chunk]  # [K, r, n, w]
         self.kept = self.entering[::2]
+        self.flat_h = self.h_out.flatten(0, 1)  # [t r, n, w]
         self.a_at, self.h_at = (cut.chunked(m).unbind(1) for m in (self.a, self.h_out))
         self.a_first, self.h_first = ([m[:-1] for m in every] for every in (self.a_at, self.h_at))
         self.arriving = like.new_empty(cut.chunks, *lanes)
@@ -93,6 +97,7 @@ class _Room:
         self.links = list(zip(self.added.unbind(0), self.decay.unbind(0), strict=True))
         if backward:
             self.lam = torch.empty_like(self.a)
+            self.flat_lam = self.lam.flatten(0, 1)
             self.lam_at = cut.chunked(self.lam).unbind(1)
             self.a_rest, self.lam_rest = ([m[1:] for m in every] for every in (self.a_at, self.lam_at))
             steps = list(zip(self.h_at, self.a_at, strict=True))
@@ -211,9 +216,11 @@ class _Strip:
         """[b, d, l] -> [r, w, l] of this strip, in the type that is computed in."""
         return whole[self.rows, self.span].to(self.given.A.dtype)
 
-    def release(self) -> None:
-        """Let go of what the segments are."""
+    def release(self) -> Tensor:
+        """Let go of what the segments are; returns what stands in the place of s."""
+        laid = self.laid_s
         del self.laid_s, self.laid_x, self.segments
+        return laid
 
     def outputs(self, room: _Room, entering: Tensor | None) -> tuple[Tensor, Tensor]:
         """(C . h + D u [r, w, l], last state [r, n, w]); fills entering [segments, ., r, n, w], the kept states."""
@@ -227,7 +234,7 @@ class _Strip:
             if entering is not None:
                 entering[i] = room.kept
             room.seed()
-            self.C.over_states(i, room.h_out, y)
+            self.C.over_states(i, room.flat_h, y)
         y = self.given.cut.plain(laid)
         return y if self.given.D is None else y.addcmul_(self.u, self.given.D[self.span, None]), room.h[-1]
 
@@ -310,7 +317,7 @@ class _Gradients:
         dx, ds = self._scanned(room, strip, entering, given.cut.lay(g))
         ds.addcmul_(strip.u, dx)
         if given.softplus:
-            ds = torch.ops.aten.softplus_backward(ds, strip.raw(), 1, THRESHOLD)
+            torch.ops.aten.softplus_backward.grad_input(ds, strip.raw(), 1, THRESHOLD, grad_input=ds)
         self.delta[rows, span] = ds
         if self.bias is not None:
             self.bias[span] += ds.sum((0, 2))
@@ -332,9 +339,9 @@ class _Gradients:
             room.kept.copy_(entering[i])
             room.seed_kept()
             room.adjoint(strip.sums[i], gi, strip.rate, strip.C.full[i], back)
-            strip.B.over_channels(i, room.lam, x, dB)
-            strip.C.over_channels(i, room.h_out, gi, dC)
-            strip.B.over_states(i, room.lam, g[i])  # what came in for y goes out for x
+            strip.B.over_channels(i, room.flat_lam, x, dB)
+            strip.C.over_channels(i, room.flat_h, gi, dC)
+            strip.B.over_states(i, room.flat_lam, g[i])  # what came in for y goes out for x
             room.rates_of(s, strip.A)
         self.A[strip.span] += room.rates.view_as(strip.A).T
         for total, mixing, part in ((self.B, strip.B, dB), (self.C, strip.C, dC)):
@@ -342,9 +349,7 @@ class _Gradients:
                 total[strip.span] += part.T
             else:
                 total[strip.rows] += cut.plain(part)
-        ds = cut.plain(strip.laid_s)
-        strip.release()
-        return cut.plain(g), ds
+        return cut.plain(g), cut.plain(strip.release())
 
 
 def scan(
