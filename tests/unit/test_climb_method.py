@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reid_dist import methods
 from reid_dist.config import OptimConfig, Recipe
+from reid_dist.data.samplers import rank_slice
 from reid_dist.errors import UserError
 from reid_dist.methods.climb import METHOD, bank
 from reid_dist.methods.climb.config import Config
@@ -351,3 +352,20 @@ def test_a_batch_of_one_is_refused() -> None:
     out = stage.forward(network, batch, ctx)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="batch of one image"):
         stage.losses(network, out, batch, ctx)  # type: ignore[arg-type]
+
+
+def test_an_epoch_of_two_hundred_steps_as_on_market() -> None:
+    """751 identities: passes of 6008 items in 94 batches, the last one of 56; 200 steps are two passes and 12 steps."""
+    pids, cams = np.repeat(np.arange(751), 4), np.tile(np.arange(4), 751)
+    plan = CameraPlan(pids, cams, 64, 8, 200, seed=3)
+    batches = [plan.batch(0, step) for step in range(plan.steps(0))]
+    sizes = [len(items) for items, _ in batches]
+    assert sizes == [*[64] * 93, 56, *[64] * 93, 56, *[64] * 12]
+    assert [first for _, first in batches] == np.cumsum([0, *sizes[:-1]]).tolist()
+    for start in (0, 94):
+        seen = pids[np.concatenate([items for items, _ in batches[start : start + 94]])]
+        assert np.bincount(seen).tolist() == [8] * 751
+    for world in (1, 2, 3, 4):  # also where the partial batch does not divide
+        for items, _ in batches[92:95]:
+            cut = [items[rank_slice(len(items), rank, world)] for rank in range(world)]
+            assert np.array_equal(np.concatenate(cut), items)
