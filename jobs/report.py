@@ -150,7 +150,8 @@ def _rank_list(entry: dict[str, Any], view: Any) -> Any:
     query, text = entry["query"], entry["query_kind"] == "text"
     rows = [item["row"] for item in entry["top"]]
     wanted = np.array([query["row"], *rows], dtype=np.int64)
-    pictures = film_strips(view, wanted) if entry["gallery_kind"] == "tracklet" else view.encoded(wanted)
+    film = entry["gallery_kind"] == "tracklet"
+    pictures = film_strips(view, wanted) if film else view.encoded(wanted)
     shows_text = entry["gallery_kind"] == "text"
     items = [
         RankedItem(
@@ -163,7 +164,7 @@ def _rank_list(entry: dict[str, Any], view: Any) -> Any:
         for item, picture in zip(entry["top"], pictures[1:], strict=True)
     ]
     caption = view.captions[query["row"]][query["part"]] if text else ""
-    return RankList(items, caption, None if text else pictures[0], f"id {query['pid']}", ap=entry["ap"])
+    return RankList(items, caption, None if text else pictures[0], f"id {query['pid']}", ap=entry["ap"], film=film)
 
 
 def _curves(metrics: list[dict[str, Any]]) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,22 +14,29 @@ from reid_dist.config import Recipe
 from reid_dist.methods.spec import MethodSpec
 from tests.worlds import small_table
 
+if TYPE_CHECKING:
+    from reid_dist.training.worker import Prepared
+
 KEYS = ("rank1", "mAP", "chance_rank1", "chance_mAP")
 ALONE = ("training.num_workers=1", "training.checkpoint_every=0", "training.log_every=100")
 
 
-def learn(root: Path, name: str, protocols: Sequence[str], words: Sequence[str] = (), **world: Any) -> dict[str, Any]:
-    """{"untrained", "trained": {protocol: record}, "steps", "seconds", "recipe", "model"} of a recipe on one process.
+def prepare(root: Path, name: str, words: Sequence[str], world: dict[str, Any]) -> tuple[Recipe, Prepared]:
+    """A recipe over tables below `root`, which are drawn where they are not yet there (`world`: their options)."""
+    from reid_dist.training import worker
 
-    Its tables are drawn below `root` where they are not yet there; `world` are their options, `words` overrides.
-    """
-    from reid_dist.training.loop import Hooks
-    from reid_dist.training.worker import make_worker, prepare
-
-    recipe = methods.load_recipe(name, [f"data.root={root}", *ALONE, *words])
+    recipe = methods.load_recipe(name, [f"data.root={root}", f"output={root}/runs", *ALONE, *words])
     for table in dict.fromkeys((*recipe.data.train, *recipe.data.test)):
         small_table(root, table, **world)
-    prepared = prepare(recipe)
+    return recipe, worker.prepare(recipe)
+
+
+def learn(root: Path, name: str, protocols: Sequence[str], words: Sequence[str] = (), **world: Any) -> dict[str, Any]:
+    """{"untrained", "trained": {protocol: record}, "steps", "seconds", "recipe", "model"} of a recipe on one process."""
+    from reid_dist.training.loop import Hooks
+    from reid_dist.training.worker import make_worker
+
+    recipe, prepared = prepare(root, name, words, world)
     worker = make_worker(recipe, prepared, None, Hooks())
     untrained = scores(recipe, prepared.build(), protocols)
     started = time.perf_counter()
@@ -45,12 +52,9 @@ def stored(root: Path, name: str, words: Sequence[str] = (), **world: Any) -> st
     from reid_dist.runs import Run, identity_of
     from reid_dist.training.loaded import facts_dict
     from reid_dist.training.loop import Hooks
-    from reid_dist.training.worker import make_worker, prepare
+    from reid_dist.training.worker import make_worker
 
-    recipe = methods.load_recipe(name, [f"data.root={root}", f"output={root}/runs", *ALONE, *words])
-    for table in dict.fromkeys((*recipe.data.train, *recipe.data.test)):
-        small_table(root, table, **world)
-    prepared = prepare(recipe)
+    recipe, prepared = prepare(root, name, words, world)
     run = Run.open(recipe.uri, identity_of(recipe, prepared.data.train.versions), recipe)
     run.describe(model_facts=facts_dict(prepared.spec.facts(prepared.data)))
     make_worker(recipe, prepared, run, Hooks()).train()

@@ -58,6 +58,7 @@ class RankList:
     label: str = ""
     matches: int | None = None  # true matches in the gallery
     ap: float | None = None  # fraction
+    film: bool = False  # pictures are film strips of tracklets, wider than an image
 
 
 def spread_queries(ap: np.ndarray, count: int = 10) -> np.ndarray:

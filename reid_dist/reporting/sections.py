@@ -54,7 +54,7 @@ def _images(strips: list[Mapping[str, Any]]) -> Markup:
                 _label(strip.get("label", "")), pictures
             )
         )
-    return Markup("").join(rows)
+    return Markup("<div class=strips>{}</div>").format(Markup("").join(rows))
 
 
 KINDS: Mapping[str, Callable[[Any], Markup]] = {

@@ -204,3 +204,14 @@ def test_what_cannot_be_shown_is_refused():
         render_report(run(metrics={}))
     with pytest.raises(ValueError, match="2 cells, the header 1"):
         table(["a"], [["x", "y"]])
+
+
+def test_film_strips_keep_their_width() -> None:
+    """A strip of six frames is not pressed into the shape of one image."""
+    items = [RankedItem(correct=True, image=picture())]
+    plain, film = (
+        render_report(run(rank_lists=[RankList(items=items, image=picture(), film=film)])) for film in (False, True)
+    )
+    assert '<ol class="found film">' in film
+    assert '<ol class="found">' in plain
+    assert ".found.film img { width: auto;" in film
