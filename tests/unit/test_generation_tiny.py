@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from reid_dist.data.synthetic.identity import ABSENT, ATTRIBUTES
 from reid_dist.data.synthetic.oracle import shows
 from reid_dist.data.synthetic.words import SLOTS, read_phrases, slot_attributes
 from reid_dist.generation.parsing import parse_boxes
-from reid_dist.generation.tiny.lessons import Teacher
+from reid_dist.generation.tiny.lessons import Teacher, mirror
 from reid_dist.generation.tiny.model import END, GRID, TOKENS, make_config, make_tokenizer
 from reid_dist.generation.tiny.questions import (
     HIDDEN,
@@ -27,7 +28,7 @@ from reid_dist.generation.tiny.questions import (
     rewordings,
     words_of,
 )
-from reid_dist.generation.tiny.samples import Pictures, draw_pictures
+from reid_dist.generation.tiny.samples import UNCLEAR, Pictures, draw_pictures
 from reid_dist.generation.tiny.towers import PREFIX, pack, patches, say, see
 
 
@@ -159,3 +160,21 @@ def test_the_built_in_weights_are_the_ones_that_the_recipe_made() -> None:
     assert model.prompts == "tiny"
     assert sum(path.stat().st_size for path in SMALL.iterdir()) < 9e6
     assert {name for point in facts["curve"] for name in ATTRIBUTES if name not in point} == set()
+
+
+def test_mirrored_pictures_have_mirrored_boxes() -> None:
+    boxes = np.array([[3, 1, 10, 9], [-1, -1, -1, -1]])
+    assert mirror(boxes).tolist() == [[22, 1, 29, 9], [-1, -1, -1, -1]]
+    assert (mirror(mirror(boxes)) == boxes).all()
+
+
+def test_nothing_is_asked_about_what_is_neither_legible_nor_hidden(pictures: Pictures) -> None:
+    unclear = replace(pictures, answers=np.full_like(pictures.answers, UNCLEAR))
+    teacher = Teacher(unclear, make_tokenizer(), np.random.default_rng(0))
+    assert all(len(teacher.draw(row, False, (14, 0, 1), False)) <= 1 for row in range(len(unclear)))
+    share = (pictures.answers == UNCLEAR).mean()
+    assert 0 < share < 0.1
+    shown = [n in seen for seen in pictures.visible for n in ATTRIBUTES if n not in ("hat_colour", "bag_colour")]
+    known = [a != UNCLEAR for row in pictures.answers for n, a in zip(ATTRIBUTES, row, strict=True)
+             if n not in ("hat_colour", "bag_colour")]  # fmt: skip
+    assert all(k for k, s in zip(known, shown, strict=True) if s), "what is legible is asked"

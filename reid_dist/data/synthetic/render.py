@@ -39,15 +39,18 @@ class Drawing:
         of_part = table[self.front]
         return np.stack([_reduce((of_part == i).astype(np.float32)[..., None])[..., 0] for i in range(len(names))])
 
-    def visible(self) -> frozenset[str]:
-        """Attributes that can be read off this image: enough pixels of an outline that shows them are in front."""
+    def cue_pixels(self) -> dict[str, float]:
+        """Per attribute, how many pixels in front show it, counted in pixels of a 64 x 32 image."""
         pixels = np.bincount(self.front.ravel(), minlength=len(self.shapes) + 1)[1:]
-        needed = LEGIBLE * self.front.size / (64 * 32)
         seen = dict.fromkeys(ATTRIBUTES, 0)
         for shape, count in zip(self.shapes, pixels, strict=True):
             for cue in shape.cues:
                 seen[cue] += int(count)
-        return frozenset(name for name, count in seen.items() if count >= needed)
+        return {name: count * 64 * 32 / self.front.size for name, count in seen.items()}
+
+    def visible(self) -> frozenset[str]:
+        """Attributes that can be read off this image: enough pixels of an outline that shows them are in front."""
+        return frozenset(name for name, count in self.cue_pixels().items() if count >= LEGIBLE)
 
 
 def draw(person: Identity, view: View, size: tuple[int, int]) -> Drawing:

@@ -15,6 +15,7 @@ from reid_dist.data.synthetic.identity import ABSENT, ATTRIBUTES, OWNER
 from reid_dist.data.synthetic.words import SLOTS, slot_attributes
 from reid_dist.generation.tiny.model import END
 from reid_dist.generation.tiny.questions import (
+    BINS,
     NO,
     PARTS,
     YES,
@@ -25,11 +26,12 @@ from reid_dist.generation.tiny.questions import (
     slot_phrase,
     words_of,
 )
-from reid_dist.generation.tiny.samples import Pictures
+from reid_dist.generation.tiny.samples import UNCLEAR, Pictures
 
 Lesson = tuple[list[int], list[int]]  # ids, targets (-100: nothing to learn)
 PHRASES = (0.25, 0.25, 0.2, 0.1, 0.1, 0.1)  # share of match questions with 1 ... 6 phrases
-MENTION = 0.85
+EASY_PHRASES = (0.7, 0.3, 0, 0, 0, 0)  # while comparing is learned
+MENTION, EASY_MENTION = 0.85, 0.4  # share of a slot's attributes that a phrase states
 
 
 class Teacher:
@@ -56,28 +58,31 @@ class Teacher:
         word = list(words_of(name).values())[self.pictures.answers[picture, list(ATTRIBUTES).index(name)]]
         return self._lesson(self.ids(attribute_question(name)), self.ids(word))
 
-    def ground(self, picture: int, part: int) -> Lesson | None:
+    def ground(self, picture: int, part: int, mirrored: bool = False) -> Lesson | None:
         """One part's box; None where it is not seen."""
         box = self.pictures.boxes[picture, part]
         if box[0] < 0:
             return None
+        box = mirror(box) if mirrored else box
         words = [token for value in box for token in self.ids(f"{value:02d}")]
         return self._lesson(self.ids(ground_question(PARTS[part])), words)
 
-    def match(self, picture: int, phrases: int | None = None) -> tuple[Lesson, bool]:
-        """A match question, true or false with equal chance, and which it is."""
+    def match(self, picture: int, phrases: int | None = None, easy: bool = False) -> tuple[Lesson, bool]:
+        """A match question, true or false with equal chance, and which it is. `easy`: few phrases that state little."""
         wear, seen = self.pictures.wear[picture], self.pictures.visible[picture]
-        count = phrases or 1 + int(self.rng.choice(len(PHRASES), p=PHRASES))
+        shares, mention = (EASY_PHRASES, EASY_MENTION) if easy else (PHRASES, MENTION)
+        count = phrases or 1 + int(self.rng.choice(len(shares), p=shares))
         slots = [str(slot) for slot in self.rng.permutation(list(SLOTS))[:count]]
+        unclear = self.unclear(picture)
         stated = {
             name: wear[name] for slot in slots for name in slot_attributes(slot)
-            if name in wear and self.rng.random() < MENTION
+            if name in wear and name not in unclear and self.rng.random() < mention
         }  # fmt: skip
         if self.rng.random() < 0.5:
-            stated = self._falsified(stated, seen, slots)
+            stated = self._falsified(stated, seen, slots, unclear)
         slots = [slot for slot in slots if slot_phrase(slot, stated)]
         if not slots:
-            return self.match(picture, phrases)
+            return self.match(picture, phrases, easy)
         fits = [not contradicted(slot, stated, wear, seen) for slot in slots]
         question = self.ids(match_question(stated, slots))
         targets, phrase = [-100] * len(question), 0
@@ -89,7 +94,13 @@ class Teacher:
         targets[-1] = answer
         return ([*question, answer], [*targets, self.end]), all(fits)
 
-    def _falsified(self, stated: Mapping[str, str], seen: frozenset[str], slots: list[str]) -> dict[str, str]:
+    def unclear(self, picture: int) -> set[str]:
+        """Attributes that are neither legible on the picture nor surely hidden."""
+        return {n for n, answer in zip(ATTRIBUTES, self.pictures.answers[picture], strict=True) if answer == UNCLEAR}
+
+    def _falsified(
+        self, stated: Mapping[str, str], seen: frozenset[str], slots: list[str], unclear: set[str]
+    ) -> dict[str, str]:
         """One or two visible attributes replaced, as between confusers; or one slot of somebody else."""
         changed = dict(stated)
         candidates = [name for name in stated if name in seen]
@@ -98,8 +109,8 @@ class Teacher:
         if self.rng.random() < 0.3:
             other = self.pictures.wear[int(self.rng.integers(len(self.pictures)))]
             slot = str(self.rng.choice(slots))
-            names = slot_attributes(slot)
-            changed = {n: v for n, v in changed.items() if n not in names}
+            names = [name for name in slot_attributes(slot) if name not in unclear]
+            changed = {n: v for n, v in changed.items() if n not in slot_attributes(slot)}
             return {**changed, **{n: other[n] for n in names if n in other}}
         for name in self.rng.permutation(candidates)[: 1 + int(self.rng.integers(2))]:
             values = [value for value in ATTRIBUTES[name] if value != stated[name]]
@@ -109,10 +120,17 @@ class Teacher:
                 changed.pop(name, None)
         return changed
 
-    def draw(self, picture: int, attributes: int, matches: int, grounds: int) -> list[Lesson]:
-        """Lessons about one picture for one step."""
-        names = self.rng.permutation(list(ATTRIBUTES))[:attributes]
-        found = [self.attribute(picture, str(name)) for name in names]
-        found += [self.match(picture)[0] for _ in range(matches)]
-        boxes = [self.ground(picture, int(part)) for part in self.rng.permutation(len(PARTS))[:grounds]]
+    def draw(self, picture: int, mirrored: bool, counts: tuple[int, int, int], easy: bool) -> list[Lesson]:
+        """Lessons about one picture for one step; `counts`: of attributes, match questions, boxes."""
+        unclear = self.unclear(picture)
+        names = [str(name) for name in self.rng.permutation(list(ATTRIBUTES)) if name not in unclear]
+        found = [self.attribute(picture, name) for name in names[: counts[0]]]
+        found += [self.match(picture, easy=easy)[0] for _ in range(counts[1])]
+        boxes = [self.ground(picture, int(part), mirrored) for part in self.rng.permutation(len(PARTS))[: counts[2]]]
         return found + [lesson for lesson in boxes if lesson is not None]
+
+
+def mirror(boxes: np.ndarray) -> np.ndarray:
+    """Boxes [..., 4] of the mirrored picture; -1 stays."""
+    turned = np.stack([BINS - boxes[..., 2], boxes[..., 1], BINS - boxes[..., 0], boxes[..., 3]], axis=-1)
+    return np.where(boxes < 0, boxes, turned)

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from reid_dist.data.synthetic import World
-from reid_dist.data.synthetic.identity import ATTRIBUTES, Attributes
+from reid_dist.data.synthetic.identity import ATTRIBUTES, OWNER, Attributes
 from reid_dist.data.synthetic.render import Drawing
 from reid_dist.generation.tiny.questions import BINS, PARTS, attribute_answer, part_boxes, words_of
 
 SIDE = (112, 56)  # height, width as the model sees every picture
 GROUPS = (("head",), ("torso", "arm"), ("leg", "foot"))
+UNCLEAR = -1
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """N pictures. `pixels` uint8 [N, 112, 56, 3]; `answers` int64 [N, attributes] (index into words_of);
-    `boxes` int64 [N, 3, 4] in 32nds, -1 where a part is not seen.
+    """N pictures. `pixels` uint8 [N, 112, 56, 3]; `answers` int64 [N, attributes] (index into words_of; UNCLEAR where
+    some pixels show it, but fewer than a caption may speak of: nothing is asked then); `boxes` int64 [N, 3, 4] in 32nds,
+    -1 where a part is not seen.
     """
 
     pixels: np.ndarray
@@ -51,7 +53,7 @@ def draw_pictures(seeds: Sequence[int], people: int, split: str, images: int) ->
                 encoded, drawing = world.picture(person, camera, frame)
                 seen = drawing.visible()
                 pixels.append(seen_pixels(encoded))
-                answers.append(_answers(person.attributes, seen))
+                answers.append(_answers(person.attributes, seen, drawing.cue_pixels()))
                 boxes.append(_boxes(drawing))
                 wear.append(person.attributes)
                 visible.append(seen)
@@ -66,8 +68,13 @@ def seen_pixels(encoded: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB").resize((SIDE[1], SIDE[0]), Image.Resampling.BICUBIC))
 
 
-def _answers(wear: Attributes, seen: frozenset[str]) -> np.ndarray:
-    return np.array([list(words_of(n).values()).index(attribute_answer(n, wear, seen)) for n in ATTRIBUTES], np.int64)
+def _answers(wear: Attributes, seen: frozenset[str], pixels: Mapping[str, float]) -> np.ndarray:
+    found = np.full(len(ATTRIBUTES), UNCLEAR, np.int64)
+    for place, name in enumerate(ATTRIBUTES):
+        shown_by = name if name in wear else OWNER[name]
+        if shown_by in seen or pixels[shown_by] == 0:
+            found[place] = list(words_of(name).values()).index(attribute_answer(name, wear, seen))
+    return found
 
 
 def _boxes(drawing: Drawing) -> np.ndarray:
