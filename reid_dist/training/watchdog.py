@@ -143,7 +143,7 @@ def standing(text: str) -> tuple[bool, str]:
         return False, "because its process was stopped"
     for block in re.split(r"\n(?=Thread |Current thread )", text):
         frames = [match for match in map(_FRAME.fullmatch, block.splitlines()) if match]
-        if not any(frame["file"].endswith("reid_dist/training/launch.py") for frame in frames):
+        if not any(f["file"].endswith("reid_dist/training/launch.py") and f["name"] == "_worker" for f in frames):
             continue
         waiting = any(part in frame["file"] for frame in frames[:_TOP] for part in _WAITING)
         top = frames[0]

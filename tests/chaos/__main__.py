@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from reid_dist import methods
-from tests.chaos import chain, crashes, machine
+from tests.chaos import crashes, machine
 from tests.chaos.struck import Row, markdown
 from tests.worlds import small_tables
 
@@ -28,8 +28,6 @@ SCENARIOS: dict[str, Callable[[Path, Path], list[Row]]] = {
     "muva-memory": crashes.muva_memory,
     "climb-memory": crashes.climb_memory,
     "icl-consensus": crashes.icl_consensus,
-    "cluster": chain.cluster,
-    "stops": chain.stops,
     "full-disk": machine.full_disk,
     "damaged-cache": machine.damaged_cache,
     "skewed-clock": machine.skewed_clock,

@@ -81,7 +81,7 @@ def test_a_hang_names_the_rank_that_nobody_waits_with() -> None:
 STACK = """process 7, state S (sleeping)
 Thread 0x00007f01 (most recent call first):
   File "/usr/lib/python3.11/threading.py", line 331 in wait
-  File "/x/reid_dist/runs/logs.py", line 55 in _loop
+  File "/x/reid_dist/training/launch.py", line 355 in watch
 
 Current thread 0x00007f02 (most recent call first):
   File "/venv/torch/distributed/distributed_c10d.py", line 2942 in all_reduce
