@@ -18,7 +18,7 @@ class Config:
     question: str = ""  # without `pairs`: what is asked, with {text} for the caption
     answers: tuple[str, str] = ("Yes", "No")  # that it is the person, that it is not
     rank: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     pixels: int = 50_176  # picture budget (min = max); 0: the base model's own
     dtype: str = "auto"  # of the frozen base: auto (as stored), float32, bfloat16
 

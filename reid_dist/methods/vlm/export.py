@@ -20,7 +20,7 @@ def save_adapter(model: TunedMllm, folder: Path, base: str, facts: Mapping[str, 
     """adapter_config.json (naming `base`), adapter_model.safetensors, tuning.json."""
     for config in model.peft.peft_config.values():
         config.base_model_name_or_path = base  # not the place where this node keeps it
-    model.peft.save_pretrained(folder, save_embedding_layers=False)  # else peft looks the base up on the hub
+    model.peft.save_pretrained(str(folder), save_embedding_layers=False)  # else peft looks the base up on the hub
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     _save_facts(folder, facts)
 
