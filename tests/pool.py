@@ -30,8 +30,11 @@ def _reset_deepspeed() -> None:
             setattr(groups, name, {} if isinstance(value, dict) else None)
 
 
-def _serve(rank: int, pipe: Connection) -> None:
-    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", LOCAL_RANK="0", CUDA_VISIBLE_DEVICES="")
+def _serve(rank: int, pipe: Connection, backend: str) -> None:
+    if backend == "gloo":
+        os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", LOCAL_RANK="0", CUDA_VISIBLE_DEVICES="")
+    else:
+        os.environ.update(OMP_NUM_THREADS="1", LOCAL_RANK=str(rank), CUDA_VISIBLE_DEVICES=str(rank))
     import torch
     import torch.distributed as dist
 
@@ -45,7 +48,7 @@ def _serve(rank: int, pipe: Connection) -> None:
             return
         function, world, store, args = task
         try:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+            dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
             pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
@@ -59,8 +62,9 @@ class Pool:
     """Processes are started on first use and ended by `close`. Each world size has its own: DeepSpeed keeps state (groups,
     sharded parameters) that does not survive a change of world size in a process."""
 
-    def __init__(self) -> None:
-        self._context = mp.get_context("spawn")
+    def __init__(self, backend: str = "gloo") -> None:
+        """`backend`: gloo on CPUs, or nccl with one GPU for each rank."""
+        self._context, self._backend = mp.get_context("spawn"), backend
         self._groups: dict[int, list[tuple[Any, Connection]]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="reid-pool-")
         self._count = 0
@@ -70,7 +74,7 @@ class Pool:
         members = self._groups.setdefault(world, [])
         while len(members) < world:
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(len(members), theirs), daemon=True)
+            process = self._context.Process(target=_serve, args=(len(members), theirs, self._backend), daemon=True)
             process.start()
             theirs.close()  # so that the end of the process is seen at this side
             members.append((process, ours))

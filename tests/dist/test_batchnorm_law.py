@@ -1,4 +1,4 @@
-"""Synchronised batch norm over gloo processes equals torch's batch norm of one process on the whole batch."""
+"""Synchronised batch norm over processes (gloo on CPUs, NCCL on GPUs) equals torch's batch norm of one process on the whole batch."""
 
 from __future__ import annotations
 
@@ -38,30 +38,48 @@ def batches(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     ]  # fmt: skip
 
 
-def passes(counts: tuple[int, ...], name: str) -> dict[str, Tensor]:
+def passes(counts: tuple[int, ...], name: str, device: str = "cpu") -> dict[str, Tensor]:
     """Outputs, gradients and buffers of this rank's slice after two passes; parameter gradients summed over ranks."""
+    torch.backends.cudnn.allow_tf32 = False  # else a GPU convolves float32 with ten bits
     dtype, rank = getattr(torch, name), dist.get_rank()
-    net = network((BatchNorm2d, BatchNorm1d), dtype)
+    net = network((BatchNorm2d, BatchNorm1d), dtype).to(device)
     for module in net:
         if hasattr(module, "reducer"):
             module.reducer = reduce_sum
     start = sum(counts[:rank])
     result: dict[str, Tensor] = {}
     for index, (x, cotangent) in enumerate(batches(dtype)):
-        own = x[start : start + counts[rank]].requires_grad_()
+        own = x[start : start + counts[rank]].to(device).requires_grad_()
         y = net(own)
-        (y * cotangent[start : start + counts[rank]]).sum().backward()
+        (y * cotangent[start : start + counts[rank]].to(device)).sum().backward()
         result |= {f"y{index}": y.detach(), f"x{index}": own.grad}
     for key, parameter in net.named_parameters():
         dist.all_reduce(parameter.grad)
         result[f"grad.{key}"] = parameter.grad
-    return result | dict(net.named_buffers())
+    return {key: value.cpu() for key, value in (result | dict(net.named_buffers())).items()}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("world", "counts"), [(world, counts) for world, cuts in CUTS.items() for counts in cuts])
 def test_equals_one_process(pool: Pool, world: int, counts: tuple[int, ...], dtype: str) -> None:
-    ranks = pool.run(passes, world, counts, dtype)
+    assert_equals_one_process(pool.run(passes, world, counts, dtype), dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine, so no NCCL")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_equals_one_process_on_gpus(dtype: str) -> None:
+    """One rank for each GPU, the last with all rows that are left over; on one GPU the global sums are still NCCL's."""
+    world = min(torch.cuda.device_count(), 4)
+    pool = Pool("nccl")
+    try:
+        counts = (*[2] * (world - 1), 9 - 2 * (world - 1))
+        assert_equals_one_process(pool.run(passes, world, counts, dtype, "cuda"), dtype)
+    finally:
+        pool.close()
+
+
+def assert_equals_one_process(ranks: list[dict[str, Tensor]], dtype: str) -> None:
+    """Values, gradients and running statistics of the ranks beside torch's of one process on the CPU."""
     net = network((nn.BatchNorm2d, nn.BatchNorm1d), getattr(torch, dtype))
     tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     for index, (x, cotangent) in enumerate(batches(getattr(torch, dtype))):
