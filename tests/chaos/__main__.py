@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from reid_dist import methods
-from tests.chaos import crashes, machine
+from tests.chaos import crashes, machine, sweep
 from tests.chaos.struck import Row, markdown
 from tests.worlds import small_tables
 
@@ -32,6 +32,7 @@ SCENARIOS: dict[str, Callable[[Path, Path], list[Row]]] = {
     "damaged-cache": machine.damaged_cache,
     "skewed-clock": machine.skewed_clock,
     "storm": machine.storm,
+    "sweep": sweep.sweep,
 }
 
 
