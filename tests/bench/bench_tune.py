@@ -42,9 +42,8 @@ def measure(folder: Path, concurrent: int, trials: int) -> dict[str, float]:
     file = sweep_file(folder, concurrent, trials)
     began = time.perf_counter()
     job = subprocess.Popen([sys.executable, "-m", "jobs.tune", str(file)], stdout=subprocess.PIPE, text=True)
-    used: dict[
-        psutil.Process, float
-    ] = {}  # Ray's processes are no one's children once they end, so they are asked before
+    # Ray's processes are no one's children once they end, so they are asked before.
+    used: dict[psutil.Process, float] = {}
     while job.poll() is None:
         note_cpu(job.pid, used)
         time.sleep(0.5)
