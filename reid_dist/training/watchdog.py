@@ -143,9 +143,11 @@ def standing(text: str) -> tuple[bool, str]:
         return False, "because its process was stopped"
     for block in re.split(r"\n(?=Thread |Current thread )", text):
         frames = [match for match in map(_FRAME.fullmatch, block.splitlines()) if match]
-        if not any(f["file"].endswith("reid_dist/training/launch.py") and f["name"] == "_worker" for f in frames):
+        ours = [f["file"].endswith("reid_dist/training/launch.py") and f["name"] == "_worker" for f in frames]
+        if not any(ours):
             continue
-        waiting = any(part in frame["file"] for frame in frames[:_TOP] for part in _WAITING)
+        inner = frames[: min(ours.index(True), _TOP)]  # what called us is Ray's, in every rank
+        waiting = any(part in frame["file"] for frame in inner for part in _WAITING)
         top = frames[0]
         return waiting, f"in {top['name']} ({Path(top['file']).name}:{top['line']})"
     return False, text.partition("\n")[0]

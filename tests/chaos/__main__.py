@@ -18,13 +18,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from reid_dist import methods
-from tests.chaos import crashes, machine, sweep
+from tests.chaos import chain, crashes, elastic, machine, sweep
 from tests.chaos.struck import Row, markdown
 from tests.worlds import small_tables
 
 SCENARIOS: dict[str, Callable[[Path, Path], list[Row]]] = {
     "workers": crashes.workers,
     "repeated-bug": crashes.repeated_bug,
+    "cluster": chain.cluster,
+    "stops": chain.stops,
+    "elastic": elastic.four_two_three,
     "muva-memory": crashes.muva_memory,
     "climb-memory": crashes.climb_memory,
     "icl-consensus": crashes.icl_consensus,

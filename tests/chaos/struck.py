@@ -52,13 +52,19 @@ def warm() -> Pool:
     return pool
 
 
-@functools.cache
 def uninterrupted(recipe: str, root: Path, *more: str) -> dict[str, torch.Tensor]:
-    """Final weights of the same training with two workers that nothing strikes, without Ray and without storage."""
+    """Final weights of `quiet`."""
+    weights: dict[str, torch.Tensor] = quiet(recipe, root, *more)["weights"]
+    return weights
+
+
+@functools.cache
+def quiet(recipe: str, root: Path, *more: str) -> dict[str, Any]:
+    """The same training with two workers that nothing strikes, without Ray and without storage."""
     overrides = [word for word in words(recipe, root, "unused", "quiet", *more)[2:] if "checkpoint" not in word]
     mapping: dict[str, Any] = to_mapping(methods.load_recipe(recipe, overrides))
-    weights: dict[str, torch.Tensor] = warm().run(train_recipe, 2, mapping)[0]["weights"]
-    return weights
+    trained: dict[str, Any] = warm().run(train_recipe, 2, mapping)[0]
+    return trained
 
 
 def attempt(recipe: str, root: str, output: str, *more: str) -> tuple[Run, dict[str, Any]]:
@@ -115,7 +121,10 @@ def rows_of(faults: Faults, names: list[str], strikes: dict[str, float]) -> list
     rows = []
     for name, before, after in zip(names, starts, starts[1:], strict=False):
         seconds = after.first_time - strikes.get(name, before.last_time)
-        rows.append(Row(name, True, before.last - after.first, round(seconds, 1)))
+        lost = max(
+            0, before.last - after.first
+        )  # the last step begun was not finished, but where the run ended in order
+        rows.append(Row(name, True, lost, round(seconds, 1)))
     return rows
 
 

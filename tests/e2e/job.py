@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -23,27 +23,28 @@ class Job:
     def __init__(self, *words: str, environment: Mapping[str, str] | None = None, before: Sequence[str] = ()) -> None:
         if environment is None:
             environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would block the job
+        # Files: a pipe that nobody reads would block the job.
+        self.out, self.log = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [*before, sys.executable, "-m", *words],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=self.log, text=True,
+            cwd=ROOT, env=environment, stdout=self.out, stderr=self.log, text=True,
         )  # fmt: skip
 
     def finish(self, timeout: float = 300) -> tuple[int, dict[str, Any], str]:
         """(exit code, record, stderr)."""
-        out, _ = self.process.communicate(timeout=timeout)
+        code = self.process.wait(timeout=timeout)
+        out = _text(self.out)
         assert out.strip(), self.said()
-        return self.process.returncode, read_record(out), self.said()
+        return code, read_record(out), self.said()
 
     def said(self) -> str:
         """What stands on stderr so far."""
-        self.log.seek(0)
-        return self.log.read()
+        return _text(self.log)
 
     def ended(self) -> str:
         """Why it ended; empty while it runs."""
         code = self.process.poll()
-        return "" if code is None else f"the job ended with {code}: {self.said()[-2500:]}"
+        return "" if code is None else f"the job ended with {code}: {_text(self.out)[-2500:]}{self.said()[-2500:]}"
 
     def wait_for(self, condition: Callable[[], bool], timeout: float = 200, period: float = 0.3) -> None:
         deadline = time.monotonic() + timeout
@@ -55,11 +56,17 @@ class Job:
     def kill(self) -> None:
         """SIGKILL, and no sooner back than it is gone."""
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
 
     def workers(self) -> list[psutil.Process]:
         found = psutil.Process(self.process.pid).children(recursive=True)
         return [child for child in found if "RayTrainWorker" in " ".join(cmdline(child))]
+
+
+def _text(file: IO[str]) -> str:
+    """What the job wrote so far; it writes at the file's own place, which is left where it is."""
+    descriptor = file.fileno()
+    return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
 
 
 def cmdline(process: psutil.Process) -> list[str]:
