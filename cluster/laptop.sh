@@ -3,7 +3,7 @@
 #
 #   cluster/laptop.sh [CONFIG]           REID_HEAD_PORT (6379), REID_DASHBOARD_PORT (8265), REID_RAY_FOLDER (a fresh one)
 #
-# Ctrl-C or SIGTERM ends the head and all it started; other Ray processes of the machine are left alone (no `ray stop`). The
+# Ctrl-C or SIGTERM ends the head and its workers; other Ray processes of the machine are left alone (no `ray stop`). The
 # token is ~/.ray/auth_token or RAY_AUTH_TOKEN_PATH, made where there is none; submit with the same.
 set -euo pipefail
 cluster=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -19,6 +19,8 @@ mkdir -p "$folder"
 # while the head is none the autoscaler starts nothing.
 head_id=$(sed -n 's/^ *head_node_id: *//p' "$config")
 sed "s|^  launch_multiple: true|&\n  gcs_address: 127.0.0.1:$port|" "$config" > "$folder/autoscaling.yaml"
+# The autoscaler imports cluster/laptop_provider.py. The working directory of a job comes before this checkout on its path.
+export PYTHONPATH="$(dirname "$cluster")${PYTHONPATH:+:$PYTHONPATH}"
 export RAY_FAKE_CLUSTER=1 RAY_OVERRIDE_NODE_ID_FOR_TESTING="$head_id" RAY_CLOUD_INSTANCE_ID="$head_id" \
   RAY_enable_autoscaler_v2=1 AUTOSCALER_UPDATE_INTERVAL_S="${AUTOSCALER_UPDATE_INTERVAL_S:-2}"
 echo "laptop.sh: submit with RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=${RAY_AUTH_TOKEN_PATH:-} and" \
@@ -30,4 +32,6 @@ ray start --head --block --num-cpus=0 --node-ip-address=127.0.0.1 --port="$port"
 head=$!
 trap 'kill -TERM $head 2>/dev/null' INT TERM
 while kill -0 $head 2>/dev/null; do wait $head || true; done      # a trapped signal ends `wait` early
+# Without its head a worker's raylet looks for it for another minute, SIGTERM or not, and its agents for longer.
+pkill -KILL -f "site-packages/ray/.*$folder/session_" || true
 [ -n "${REID_RAY_FOLDER:-}" ] || rm -rf "$folder"

@@ -119,16 +119,20 @@ def test_scales_from_none_to_as_many_as_are_asked_for_and_back() -> None:
     try:
         draw_tree(folder / "lab")
         draw_features(folder / "features.npz")
-        with laptop(folder) as head, counted(head) as counts:
-            words = ["jobs.pack", "csv", f"{folder}/lab", f"root={folder}/data", "name=lab"]
-            packed = succeeded(submitted(head, *words), "pack")
-            assert packed["rows"] == IMAGES
-            assert counts[0] == 0
-            assert max(counts) >= 1  # Ray Data asks for more as long as there is work
-            words = ["jobs.evaluate", "--features", f"{folder}/features.npz", "--protocol", "image", f"store={folder}"]
-            scored = succeeded(head.submit(*words, "shards=3"), "evaluate")
-            assert scored["num_queries"] == 60
-            assert max(counts) >= 2  # three tasks at once
-        assert counts[-1] == 0, counts
+        with laptop(folder) as head:
+            with counted(head) as counts:
+                words = ["jobs.pack", "csv", f"{folder}/lab", f"root={folder}/data", "name=lab"]
+                packed = succeeded(submitted(head, *words), "pack")
+                assert packed["rows"] == IMAGES
+                assert counts[0] == 0
+                assert max(counts) >= 1  # Ray Data asks for more as long as there is work
+                evaluate = ["jobs.evaluate", "--features", f"{folder}/features.npz", "--protocol", "image"]
+                words = [*evaluate, f"store={folder}", "shards=3"]
+                scored = succeeded(head.submit(*words), "evaluate")
+                assert scored["num_queries"] == 60
+                assert max(counts) >= 2  # three tasks at once
+            assert counts[-1] == 0, counts
+            succeeded(head.submit(*words), "evaluate")
+            assert len(head.alive()) > 1  # so that Ctrl-C comes while there are workers
     finally:
         shutil.rmtree(folder, ignore_errors=True)

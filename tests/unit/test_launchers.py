@@ -177,12 +177,26 @@ def test_gcp_nodes() -> None:
 
 
 def test_laptop_is_the_fake_provider_under_autoscaler_v2() -> None:
-    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
     from ray.autoscaler._private.providers import _get_node_provider_cls
 
     provider = load("laptop")["provider"]
     assert provider["head_node_id"] == LAPTOP_HEAD_ID == FAKE_HEAD_NODE_ID
-    assert _get_node_provider_cls(provider).__name__ == "FakeMultiNodeProvider"
+    assert issubclass(_get_node_provider_cls(provider), FakeMultiNodeProvider)
+
+
+def test_nodes_of_a_laptop_share_no_folder_for_the_code_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a node that starts removes it under the workers of the others."""
+    import ray._private.node
+    from ray.autoscaler._private.providers import _get_node_provider_cls
+
+    folders = []
+    monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")
+    monkeypatch.setattr(ray._private.node, "Node", lambda params, **kwargs: folders.append(params.runtime_env_dir_name))
+    provider = load("laptop")["provider"]
+    laptop = _get_node_provider_cls(provider)({**provider, "gcs_address": "127.0.0.1:1"}, "laptop")
+    laptop.create_node_with_resources_and_labels({}, {"ray-user-node-type": "cpu"}, 3, {"CPU": 1}, {})
+    assert len(set(folders)) == len(folders) == 3
 
 
 def test_no_secret_stands_in_a_file_of_the_cluster_folder() -> None:
