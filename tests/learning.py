@@ -66,18 +66,16 @@ def scores(
     recipe: Recipe, model: nn.Module, protocols: Sequence[str], spec: MethodSpec | None = None
 ) -> dict[str, dict[str, float]]:
     """{protocol: rank1, mAP and what chance gives} by the job's own extraction and scoring; `spec`: not the method's own."""
-    import torch
-
     from reid_dist.data.leaks import tested
     from reid_dist.data.store import open_view
     from reid_dist.evaluation.distributed.retrieval import encode_all, plan_retrieval, score
     from reid_dist.evaluation.pipeline import Options
     from reid_dist.evaluation.protocols import get
     from reid_dist.training.encode import encode_side
-    from reid_dist.training.loaded import LoadedModel
+    from reid_dist.training.loaded import LoadedModel, device
 
     spec, view = spec or methods.get(recipe.method), tested(open_view(recipe.data, recipe.data.test))
-    loaded = LoadedModel(recipe, spec, model.eval(), torch.device("cpu"), None, "", 0)
+    loaded = LoadedModel(recipe, spec, model.to(device()).eval(), device(), None, "", 0)
     result = {}
     for name in protocols:
         retrieval = plan_retrieval(get(name), view, trial=recipe.data.trial)

@@ -212,6 +212,19 @@ def test_twins_are_told_apart_by_many_frames_and_not_by_one() -> None:
     assert np.mean(right[8]) > 0.85
 
 
+def test_half_hidden_frames_show_the_upper_or_the_lower_half() -> None:
+    world = world_for("mars", num_train=0, num_test=12, num_distractors=0, half_hidden=0.6)
+    seen = []
+    for person in world.people["test"]:
+        for frame in range(20):
+            areas = world.picture(person, 0, frame)[1].parts(("head", "foot")).sum((1, 2))
+            seen.append(areas > 0)
+    head, feet = np.array(seen).T
+    assert abs((~head).mean() - 0.3) < 0.08
+    assert 0.3 <= (~feet).mean() < 0.6  # other things hide feet, too
+    assert (head | feet).all()
+
+
 def test_gait_is_a_phase_that_advances() -> None:
     """Legs of the fast twin change more from frame to frame than those of the slow one."""
     world = world_for("mars", num_train=0, num_test=12, twins=1.0, num_distractors=0, difficulty="mild")

@@ -33,6 +33,7 @@ from reid_dist.errors import UserError
 
 FEET_HIDDEN = 0.7  # share of a twin's frames in which something hides the shoes
 SEEN = 0.85  # share of a passage's frames that a tracker keeps
+HIP = 0.5  # height of the line at which `half_hidden` cuts, in body heights
 SWAY = 0.05  # how far a box follows its walker late, in image widths
 
 
@@ -64,6 +65,7 @@ class World:
     shift: float = 0.0  # how far the domain looks from the others, 0 to 1
     max_frames: int = 1  # of a tracklet; 1: pictures
     twins: float = 0.0  # share of people whom gait and shoes alone tell apart
+    half_hidden: float = 0.0  # share of a tracklet's frames that show one half of the person, upper or lower
     dual_sensor: bool = False  # infrared beside visible light: a person passes both at once, from the same side
     trials: int = 10  # divisions into training and test people, in sets that have several
 
@@ -79,8 +81,9 @@ class World:
             raise UserError(
                 f"images_per_id={self.images_per_id}, captions_per_image={self.captions_per_image}: both from 1"
             )
-        if not 0 <= self.shift <= 1 or not 0 <= self.twins <= 1:
-            raise UserError(f"shift={self.shift}, twins={self.twins}: both between 0 and 1")
+        shares = {name: getattr(self, name) for name in ("shift", "twins", "half_hidden")}
+        if not all(0 <= share <= 1 for share in shares.values()):
+            raise UserError(f"{', '.join(f'{k}={v}' for k, v in shares.items())}: all between 0 and 1")
         if self.max_frames < 1 or self.trials < 1:
             raise UserError(f"max_frames={self.max_frames}, trials={self.trials}: both from 1")
         if min(self.size) < 16:
@@ -186,6 +189,9 @@ class World:
             view = replace(view, shift_x=view.shift_x + SWAY * math.sin(start + 0.5 * frame))
         if person.twin is not None and rng.random() < FEET_HIDDEN:
             view = replace(view, occluder=(-0.1, 1 - view.foot - 0.1 * view.scale, 1.2, 1.0))
+        if self.half_hidden and self.max_frames > 1 and rng.random() < self.half_hidden:
+            hip = 1 - view.foot - HIP * view.scale
+            view = replace(view, occluder=(-0.1, *((hip, 1.2) if rng.random() < 0.5 else (hip - 2, 1.2)), 2.0))
         return view
 
     def sample(self, shot: Shot) -> tuple[Sample, Drawing]:
