@@ -54,8 +54,7 @@ def train(recipe: Recipe, plan_only: bool = False) -> dict[str, Any]:
     from reid_dist.training.worker import open_data
 
     spec = methods.get(recipe.method)
-    if spec.check:
-        spec.check(recipe)
+    spec.refuse(recipe)
     data = open_data(recipe)
     tested = open_view(recipe.data, recipe.data.test or recipe.data.train)
     check_leaks(data.train, tested)

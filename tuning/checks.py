@@ -71,8 +71,7 @@ class Checker:
         recipe = trial.recipe
         spec, data = methods.get(recipe.method), self.data(recipe)
         if self.side_tables:
-            if spec.check:
-                spec.check(recipe)
+            spec.refuse(recipe)
             stages = list(spec.stages(recipe, data))
             steps = {stage.name: sum(stage.plan().steps(epoch) for epoch in range(stage.epochs)) for stage in stages}
             self.steps[trial.name] = steps

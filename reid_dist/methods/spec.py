@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from reid_dist.config import OptimConfig, Recipe, ScheduleConfig
 from reid_dist.data.draws import row_rng
+from reid_dist.errors import UserError
 
 if TYPE_CHECKING:
     from reid_dist.data.store import TableView
@@ -244,9 +245,19 @@ class MethodSpec:
     # in place of retrieval on the selection split: what the loop calls, None where there is nothing to evaluate
     judge: Callable[[Recipe, TrainingData], Callable[[nn.Module, Context], dict[str, float]] | None] | None = None
     check: Callable[[Recipe], None] | None = None  # refuse (UserError) or warn before any job with this recipe starts
+    precisions: tuple[str, ...] = ("fp32", "bf16")  # of `training.precision`: what its modules can be computed in
     figures: Sequence[Callable[..., Any]] = ()  # report sections of its own (reporting/sections.py)
     # (the run's metrics records) -> report sections of what training noted (Context.note)
     training_figures: Callable[[Sequence[Mapping[str, Any]]], Sequence[Mapping[str, Any]]] | None = None
+
+    def refuse(self, recipe: Recipe) -> None:
+        """What no job is started with. Raises UserError naming the remedy."""
+        if self.check is not None:
+            self.check(recipe)
+        if recipe.training.precision not in self.precisions:
+            raise UserError(
+                f"training.precision={recipe.training.precision}: {self.name} trains in {' or '.join(self.precisions)}"
+            )
 
 
 def device_of(model: nn.Module) -> torch.device:

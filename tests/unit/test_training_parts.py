@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from reid_dist import methods
 from reid_dist.config import Recipe, TrackingConfig, TrainingConfig
 from reid_dist.errors import Diverged, UserError
 from reid_dist.runs import Run, identity_of
@@ -213,3 +214,16 @@ def test_exit_codes_and_the_last_line(raised: str, code: int, line: str) -> None
     assert (done.returncode, record["exit_code"], record["job"]) == (code, code, "x")
     assert done.stderr.splitlines()[-1] == line
     assert "stored" in done.stderr
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_precisions_that_a_method_cannot_be_computed_in_are_refused(name: str) -> None:
+    """With the value and the remedy, before any job starts."""
+    spec, (word, *_) = methods.get(name), [recipe for recipe in methods.recipes(name) if recipe.endswith("/tiny")]
+    for precision, stage in (("fp32", 1), ("bf16", 1), ("fp16_pure", 0)):
+        recipe = methods.load_recipe(word, [f"training.precision={precision}", f"training.zero_stage={stage}"])
+        if precision in spec.precisions:
+            spec.refuse(recipe)
+        else:
+            with pytest.raises(UserError, match=f"training.precision={precision}"):
+                spec.refuse(recipe)

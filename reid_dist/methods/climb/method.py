@@ -309,4 +309,5 @@ METHOD = MethodSpec(
     import_weights=import_weights,
     start=start,
     check=check,
+    precisions=("fp32",),
 )

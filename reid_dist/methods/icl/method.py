@@ -261,6 +261,7 @@ METHOD = MethodSpec(
     eval_batch=eval_batch,
     encode=encode,
     similarity={"global": 0.5, "selected": 0.5},
+    precisions=("fp32", "bf16", "fp16_pure"),
     reference=Reference(
         paper="ICL: interactive cross-modal learning for text-to-image person re-identification (CVPR 2025), on RDE (CVPR 2024)",
         repository="https://github.com/QinYang79/ICL",

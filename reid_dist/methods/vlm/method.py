@@ -129,8 +129,6 @@ def check(recipe: Recipe) -> None:
     """Refuse what cannot be served afterwards or has no meaning here. Raises UserError."""
     if recipe.training.select_on == "test":
         raise UserError("training.select_on=test: this method ranks nothing; choose val or none")
-    if recipe.training.precision == "fp16_pure":
-        raise UserError("training.precision=fp16_pure: an adapter is tuned in fp32 or bf16")
 
 
 def stages(recipe: Recipe, data: TrainingData) -> Sequence[Stage]:
