@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -16,10 +17,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from reid_dist.errors import RunError, UserError
 from reid_dist.generation.guard import Guard
 from reid_dist.generation.messages import BadInput, Finish, Reply, Request, Sampling
 from reid_dist.generation.picture import KEPT, open_picture
+from reid_dist.generation.rendering import Rendering
 
 logger = logging.getLogger(__name__)
 MARK = "<<<the text of the turn>>>"
@@ -93,18 +97,29 @@ class VllmEngine:
         except ValueError as error:  # vLLM looks at the model's configuration before it starts anything
             raise UserError(f"vLLM cannot serve {c.path} so: {_one_line(error)}") from None
         self._guard.settle()
-        self._tokenizer = self._engine.get_tokenizer()
+        self._tokenizer, renderer = self._engine.get_tokenizer(), self._engine.renderer
+        self._rendering = Rendering(self._render, renderer.mm_processor_cache)
+        await self._warm_up()
         logger.info("vLLM has loaded %s in %.0f s", c.path, time.monotonic() - started)
+
+    async def _warm_up(self) -> None:
+        """One question, so that what vLLM prepares at the first is done. Raises UserError when nothing can be asked at all."""
+        stream = io.BytesIO()
+        Image.new("RGB", (56, 56)).save(stream, "PNG")
+        try:
+            await self.generate(Request("?", Sampling(1), stream.getvalue()))
+        except BadInput as error:
+            raise UserError(f"{self.config.path} answers no question: {_one_line(error)}") from None
 
     async def generate(self, request: Request) -> Reply:
         """Raises BadInput for a picture or prompt that cannot be served, vLLM's errors when the engine is ill."""
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineGenerateError
 
-        prompt = self._prompt(request)
-        lora = self._lora()
+        text, lora = self._text(request), self._lora()
         number, started, last = f"r{next(self._numbers)}", time.monotonic(), None
         try:
+            prompt = self._prompt(text, request.image)
             async for output in self._engine.generate(prompt, _sampling(request), number, lora_request=lora):
                 last = output
         except (VLLMClientError, ValueError) as error:
@@ -121,7 +136,8 @@ class VllmEngine:
             said.text, finish, len(last.prompt_token_ids or ()), len(said.token_ids), time.monotonic() - started
         )
 
-    def _prompt(self, request: Request) -> dict[str, Any]:
+    def _text(self, request: Request) -> str:
+        """The whole turn. Raises BadInput when it is too long."""
         before, after = self._frame(request.image is not None)
         text = before + request.text + after
         room = self.config.context - request.sampling.max_tokens
@@ -131,12 +147,21 @@ class VllmEngine:
                 f"the prompt has {length} tokens without the picture and may answer with {request.sampling.max_tokens}; "
                 f"the context is {self.config.context}"
             )
-        prompt: dict[str, Any] = {"prompt": text}
-        if request.image is not None:
-            prompt["multi_modal_data"] = {"image": open_picture(request.image)}
-            # The digest of the file stands for the picture in vLLM's caches, so its pixels need not be hashed.
-            prompt["multi_modal_uuids"] = {"image": [_digest(request.image)]}
-        return prompt
+        return text
+
+    def _prompt(self, text: str, image: bytes | None) -> Any:
+        """Raises BadInput for a picture that is none, and what vLLM raises."""
+        if image is None:
+            return self._rendering(text)
+        # The digest of the file stands for the picture in vLLM's caches, so its pixels need not be hashed.
+        return self._rendering(text, functools.partial(open_picture, image), _digest(image))
+
+    def _render(self, prompt: dict[str, Any]) -> Any:
+        """vLLM's own rendering of one prompt."""
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        (found,) = self._engine.renderer.render_cmpl([parse_model_prompt(self._engine.model_config, prompt)])
+        return found
 
     def _frame(self, picture: bool) -> tuple[str, str]:
         """What the model's chat template puts before and after the text of a single turn, rendered once."""

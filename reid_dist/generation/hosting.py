@@ -31,7 +31,7 @@ from reid_dist.generation.supervise import Supervised
 from reid_dist.storage import open_store
 
 logger = logging.getLogger(__name__)
-QUEUE = 2  # requests inside an engine, of what it can work on at a time
+QUEUE = 8  # requests inside an engine, of what it can work on at a time: enough that its batches are always full
 
 
 @dataclass(frozen=True, kw_only=True)

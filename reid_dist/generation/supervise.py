@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from reid_dist.errors import RunError, UserError
 from reid_dist.generation.messages import BadInput, Reply, Request
@@ -55,8 +55,9 @@ class Supervised:
         self._number = 0  # of the engine; a request that failed on an older one does not restart the newer
         self._lock = asyncio.Lock()
         self._dead = ""  # why no engine is started any more
-        self._gone: asyncio.Future[None]  # done when this engine was ended: nobody waits for it any more
-        self._sign = 0.0  # when somebody last got an answer
+        self._waiting: set[asyncio.Timeout] = set()  # one per request inside the engine: how it is told to give up
+        self._sign = 0.0  # when somebody last got an answer, or began to wait while nobody did
+        self._watch: asyncio.TimerHandle | None = None  # one for all requests, because a request may take only 1 ms
         self.restarted = 0
 
     async def ready(self) -> None:
@@ -69,7 +70,7 @@ class Supervised:
             while True:
                 engine, number = await self._current()
                 try:
-                    return await self._answer(engine, request, self._gone)
+                    return await self._answer(engine, request)
                 except BadInput:
                     raise
                 except Exception as error:
@@ -77,24 +78,43 @@ class Supervised:
                     cause = f"no answer in {self._stall_s:.0f} s" if stalled else f"{type(error).__name__}: {error}"
                     await self._restart(number, cause)
 
-    async def _answer(self, engine: Engine, request: Request, gone: asyncio.Future[None]) -> Reply:
-        """Raises TimeoutError when nobody got an answer for too long, EngineDied when the engine was ended meanwhile, and
-        what the engine raises.
+    async def _answer(self, engine: Engine, request: Request) -> Reply:
+        """Raises TimeoutError when nobody got an answer for too long or the engine was ended meanwhile, and what the engine
+        raises.
         """
-        asking, began = asyncio.ensure_future(engine.generate(request)), time.monotonic()
-        either: set[asyncio.Future[Any]] = {asking, gone}
-        try:
-            while (left := max(began, self._sign) + self._stall_s - time.monotonic()) > 0:
-                done, _ = await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                if asking in done:
-                    reply = asking.result()
-                    self._sign = time.monotonic()
-                    return reply
-                if gone in done:
-                    raise EngineDied("the engine was ended while it was asked")
-            raise TimeoutError
-        finally:
-            asking.cancel()
+        async with asyncio.timeout(None) as waiting:
+            if not self._waiting:
+                self._sign = time.monotonic()
+            self._waiting.add(waiting)
+            if self._watch is None:
+                self._look_at(self._sign + self._stall_s)
+            try:
+                reply = await engine.generate(request)
+            finally:
+                self._waiting.discard(waiting)
+        self._sign = time.monotonic()
+        return reply
+
+    def _look_at(self, due: float) -> None:
+        self._watch = asyncio.get_running_loop().call_later(due - time.monotonic(), self._look)
+
+    def _look(self) -> None:
+        """Is the engine stalled? If not, look again when it could be."""
+        self._watch = None
+        due = self._sign + self._stall_s
+        if self._waiting and due <= time.monotonic():
+            self._give_up()
+        elif self._waiting:
+            self._look_at(due)
+
+    def _give_up(self) -> None:
+        """Whoever waits for the engine waits no longer."""
+        for waiting in self._waiting:
+            waiting.reschedule(0)
+        self._waiting.clear()
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
 
     async def _current(self) -> tuple[Engine, int]:
         async with self._lock:
@@ -102,7 +122,6 @@ class Supervised:
                 raise EngineDied(self._dead)
             if self._engine is None:
                 self._engine = await self._started()
-                self._gone = asyncio.get_running_loop().create_future()
                 self._number += 1
             return self._engine, self._number
 
@@ -126,7 +145,7 @@ class Supervised:
             if number != self._number or self._engine is None:
                 return  # another request has seen to it
             engine, self._engine = self._engine, None
-            self._gone.set_result(None)
+            self._give_up()
             await _closed(engine)
             if self._left == 0:
                 self._dead = f"the engine was restarted {self.restarted} times and failed again: {cause}"[:500]
@@ -140,7 +159,7 @@ class Supervised:
         async with self._lock:
             engine, self._engine = self._engine, None
             if engine is not None:
-                self._gone.set_result(None)
+                self._give_up()
                 await _closed(engine)
 
     def drop(self) -> None:

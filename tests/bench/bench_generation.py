@@ -1,10 +1,8 @@
-"""Generation: what our pipeline costs over vLLM alone, the small model's recipe, and what interaction brings.
+"""Generation: what our pipeline costs over vLLM alone, part masks, and the small model's recipe.
 
 python -m tests.bench.bench_generation                the same requests to vLLM directly and through jobs.generate, start left out
 python -m tests.bench.bench_generation grounding      part masks from the small model's boxes against the exact ones
 python -m tests.bench.bench_generation small          train the small model anew; prints its curve (some 15 minutes on one core)
-python -m tests.bench.bench_generation interaction    CoMoE on the synthetic world, 3 seeds: before and after interaction with the
-                                                      small model, and with the attribute oracle as upper bound (some 20 minutes)
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,27 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from reid_dist.config import DataConfig
 from reid_dist.data.store import open_view
-from reid_dist.data.synthetic import World, world_for
-from reid_dist.data.synthetic.identity import ATTRIBUTES, Attributes
-from reid_dist.data.synthetic.oracle import shows
+from reid_dist.data.synthetic import world_for
+from reid_dist.data.synthetic.identity import ATTRIBUTES
 from reid_dist.data.synthetic.render import Drawing
 from reid_dist.data.synthetic.shots import text_shots
-from reid_dist.generation.ledger import Ledger, Maker
 from reid_dist.generation.messages import Request, Sampling
 from reid_dist.generation.model_folder import find_model
 from reid_dist.generation.picture import open_picture
-from reid_dist.generation.stages import Answerer, InlineRunner, Job, dialogues
-from reid_dist.generation.supervise import Supervised
-from reid_dist.generation.tiny.questions import MATCH, attribute_answer, attribute_question, part_boxes
+from reid_dist.generation.tiny.questions import attribute_question, part_boxes
 from reid_dist.generation.tiny.samples import GROUPS
 from reid_dist.methods.muva.boxes import boxes_to_patches
 from reid_dist.methods.muva.exact import exact_masks
 from reid_dist.methods.muva.masks import open_masks
-from reid_dist.storage import open_store
-from tests.scripted import ScriptedEngine
 from tests.worlds import small_table
 
 TABLE = "synthetic-cuhk-pedes"
@@ -56,7 +50,7 @@ def run_job(*words: str) -> dict[str, Any]:
     return record
 
 
-def direct_rates(requests: list[Request], parallel: int, repeats: int) -> dict[str, list[float]]:
+def direct_rates(model: str, requests: list[Request], parallel: int, repeats: int) -> dict[str, list[float]]:
     """Requests per second of vLLM in one process, by its two interfaces, after a warm-up; all are given at once.
 
     Pictures are decoded once each, and the time for that counts; prompts are rendered beforehand.
@@ -67,7 +61,7 @@ def direct_rates(requests: list[Request], parallel: int, repeats: int) -> dict[s
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     served: dict[str, Any] = {
-        "model": find_model("small").path, "dtype": "float32", "max_model_len": 512, "enforce_eager": True,
+        "model": find_model(model).path, "dtype": "float32", "max_model_len": 512, "enforce_eager": True,
         "max_num_seqs": parallel, "limit_mm_per_prompt": {"image": 1, "video": 0}, "seed": 0, "mm_processor_cache_gb": 1.0,
         "distributed_executor_backend": UniProcExecutor,
     }  # fmt: skip
@@ -91,40 +85,66 @@ def direct_rates(requests: list[Request], parallel: int, repeats: int) -> dict[s
         ]
 
     def offline() -> list[float]:
-        model = LLM(**served)
-        texts, rates = prompts(model.get_tokenizer()), []
-        model.generate(inputs(texts)[:64], sampling, use_tqdm=False)
+        engine = LLM(**served)
+        texts, rates = prompts(engine.get_tokenizer()), []
+        engine.generate(inputs(texts)[:64], sampling, use_tqdm=False)
         for _ in range(repeats):
-            model.llm_engine.reset_mm_cache()
-            model.llm_engine.reset_encoder_cache()
+            engine.llm_engine.reset_mm_cache()
+            engine.llm_engine.reset_encoder_cache()
             start = time.perf_counter()
-            model.generate(inputs(texts), sampling, use_tqdm=False)
+            engine.generate(inputs(texts), sampling, use_tqdm=False)
             rates.append(len(requests) / (time.perf_counter() - start))
-        model.llm_engine.engine_core.shutdown()
+        engine.llm_engine.engine_core.shutdown()
         return rates
 
     async def online() -> list[float]:
-        model = AsyncLLM.from_engine_args(AsyncEngineArgs(**served, disable_log_stats=True, enable_log_requests=False))
-        texts, rates = prompts(model.get_tokenizer()), []
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**served, disable_log_stats=True, enable_log_requests=False))
+        texts, rates = prompts(engine.get_tokenizer()), []
 
         async def one(number: int, prompt: Any) -> None:
-            async for _ in model.generate(prompt, sampling, f"{time.perf_counter_ns()}-{number}"):
+            async for _ in engine.generate(prompt, sampling, f"{time.perf_counter_ns()}-{number}"):
                 pass
 
         await asyncio.gather(*(one(n, prompt) for n, prompt in enumerate(inputs(texts)[:64])))
         for _ in range(repeats):
-            await model.reset_mm_cache()
-            await model.reset_encoder_cache()
+            await engine.reset_mm_cache()
+            await engine.reset_encoder_cache()
             start = time.perf_counter()
             await asyncio.gather(*(one(n, prompt) for n, prompt in enumerate(inputs(texts))))
             rates.append(len(requests) / (time.perf_counter() - start))
-        model.shutdown()
+        engine.shutdown()
         return rates
 
     return {"LLM.generate": offline(), "AsyncLLM": asyncio.run(online())}
 
 
-def overhead(root: Path, people: int = 60, parallel: int = 64, repeats: int = 2) -> None:
+def widened(folder: Path, width: int) -> str:
+    """The small model with hidden layers of `width` in its text part, the new units with weights of 0: the same answers, each
+    at the cost of a larger model.
+    """
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(find_model("small").path, folder)
+    weights = load_file(folder / "model.safetensors")
+    for name, values in weights.items():
+        if name.endswith(("gate_proj.weight", "up_proj.weight")):
+            weights[name] = torch.cat([values, values.new_zeros(width - len(values), values.shape[1])])
+        elif name.endswith("down_proj.weight"):
+            weights[name] = torch.cat([values, values.new_zeros(len(values), width - values.shape[1])], dim=1)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = width
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def overhead(root: Path) -> None:
+    """At the small model's rate, where a request costs about 1 ms, and with requests as long as a real model's."""
+    compared(root / "short", "small", people=150)
+    compared(root / "long", widened(root / "wide", 24576), people=12)
+
+
+def compared(root: Path, model: str, people: int, parallel: int = 64, repeats: int = 2) -> None:
     """Direct and through the job, in the same run; the start of engines and of Ray left out."""
     small_table(root, TABLE, num_train=people, images_per_id=4)
     view = open_view(DataConfig(root=str(root)), (TABLE,), ("train",))
@@ -132,24 +152,22 @@ def overhead(root: Path, people: int = 60, parallel: int = 64, repeats: int = 2)
     requests = [Request(attribute_question(name), Sampling(1), image) for image in images for name in ATTRIBUTES]
 
     def through_the_job(number: int) -> float:
-        words = (
-            "describe",
-            TABLE,
-            f"root={root}",
-            f"parallel={parallel}",
-            "shard=32",
-            f"ledger={root}/ledger-{number}",
-        )
-        done = run_job("jobs.generate", *words)["stages"]["describe"]
+        record = run_job("jobs.generate", "describe", TABLE, f"root={root}", f"model={model}", f"parallel={parallel}",
+                         f"ledger={root}/ledger-{number}")  # fmt: skip
+        done = record["stages"]["describe"]
+        assert done["calls"] == len(requests), "an answer was malformed: more was asked than directly"
         return float(done["calls"] / done["working_seconds"])
 
     jobs = [through_the_job(0)]  # around the others, so that a machine that grows busier does not decide
-    direct = direct_rates(requests, parallel, repeats)
+    direct = direct_rates(model, requests, parallel, repeats)
     jobs += [through_the_job(number) for number in range(1, repeats)]
+    print(
+        f"{len(requests)} requests each time, {1000 / statistics.median(direct['LLM.generate']):.1f} ms of wall time each"
+    )
     for name, rates in {**direct, "through the job": jobs}.items():
-        print(f"{name}: {', '.join(f'{rate:.0f}' for rate in rates)} requests/s, {len(requests)} each time")
+        print(f"  {name}: {', '.join(f'{rate:.1f}' for rate in rates)} requests/s")
     best = max(statistics.median(rates) for rates in direct.values())
-    print(f"the job's median against the faster of the two: {statistics.median(jobs) / best:.3f}")
+    print(f"  the job's median against the faster of the two: {statistics.median(jobs) / best:.3f}", flush=True)
 
 
 def grounding(root: Path, people: int = 60) -> None:
@@ -195,69 +213,7 @@ def small_model(folder: Path) -> None:
         print(json.dumps(point))
 
 
-class Oracle:
-    """Truthful answers about a world's pictures, by their bytes."""
-
-    def __init__(self, world: World) -> None:
-        self.truth: dict[bytes, tuple[Attributes, frozenset[str]]] = {}
-        for shot in text_shots(world):
-            if shot.person.split == "test":
-                sample, drawing = world.sample(shot)
-                self.truth[sample.image] = (shot.person.attributes, drawing.visible())
-
-    def __call__(self, request: Request) -> str:
-        wear, seen = self.truth[request.image or b""]
-        if request.text.startswith(MATCH):
-            raise ValueError("match questions are answered from the caption itself")
-        name = next(name for name in ATTRIBUTES if attribute_question(name) == request.text)
-        return attribute_answer(name, wear, seen)
-
-
-def oracle_job(world: World, view: Any, place: Path) -> Job:
-    """A job whose search and descriptions are the truth."""
-    oracle, speak = Oracle(world), dialogues("tiny")
-
-    class Truthful(type(speak)):  # type: ignore[misc]
-        async def locate(self, ask: Any, image: bytes, text: str) -> Any:
-            from reid_dist.generation.messages import Outcome
-
-            wear, seen = oracle.truth[image]
-            return Outcome(shows(wear, text, seen))
-
-    truthful = Truthful(speak.prompts)
-    ask = Supervised(lambda: ScriptedEngine(oracle, []), 60)
-    runner = InlineRunner(Answerer(truthful, ask, lambda row: view.encoded([row])[0]))
-    return Job(Ledger(open_store(place)).take(), Maker("oracle"), truthful, runner, runner)
-
-
-def interaction(root: Path, seeds: int = 3, threshold: float = 0.6) -> None:
-    """Per seed: R1 and mAP before, with the small model, with the oracle."""
-    from jobs.demo import make_data
-    from jobs.interact import encode, refine
-    from reid_dist.generation.interaction import Policy
-    from reid_dist.training.loaded import load_run
-
-    make_data(str(root), TABLE)
-    world = world_for("cuhk-pedes")
-    for seed in range(1, seeds + 1):
-        run = run_job("jobs.train", "comoe/synthetic", f"data.root={root}", f"output={root}/runs", f"name=s{seed}",
-                      f"seed={seed}")["run"]  # fmt: skip
-        record = run_job("jobs.interact", run, f"threshold={threshold}")
-        loaded = load_run(run)
-        view = open_view(loaded.recipe.data, loaded.recipe.data.test)
-        truth = refine(encode(loaded, view), oracle_job(world, view, root / f"oracle-{seed}"), Policy(5, threshold), 60)
-        for name, found in (("small model", record), ("oracle", truth)):
-            before, after = found["before"], found["after"]
-            print(
-                f"seed {seed}, {name}: R1 {before['rank1']:.3f} -> {after['rank1']:.3f}, mAP {before['mAP']:.3f} -> "
-                f"{after['mAP']:.3f}; {found['accepted']} anchors, right {found['anchors_right']}; asked "
-                f"{found['asked']} of {found['asked_by_released_loop']}"
-            )
-
-
 if __name__ == "__main__":
     part = sys.argv[1] if len(sys.argv) > 1 else "overhead"
     with tempfile.TemporaryDirectory() as folder:
-        {"overhead": overhead, "grounding": grounding, "small": small_model, "interaction": interaction}[part](
-            Path(folder)
-        )
+        {"overhead": overhead, "grounding": grounding, "small": small_model}[part](Path(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from reid_dist.generation.guard import start_time
 from reid_dist.generation.ledger import Ledger, Unit
 from reid_dist.generation.messages import BadInput, Reply, Request, Sampling
 from reid_dist.generation.model_folder import find_model
+from reid_dist.generation.picture import open_picture
 from reid_dist.generation.stages import Answerer, dialogues
 from reid_dist.generation.supervise import Supervised
 from reid_dist.methods.muva.masks import open_masks
@@ -84,6 +86,7 @@ class Scenario:
         self.said["described"] = {d: one.value for d, one in zip(self.digests, described, strict=True)}
         self.said["array"] = (await self.ask(question("hat ?", image, tokens=200, schema=CAPS))).text
         self.said["choice"] = (await self.ask(question("hat ?", image, tokens=8, choice=("maybe", "never")))).text
+        self.said["prompts"] = [self.prompts(what, image) for what in ("hat ?", "bag ?", "hat ?")]
         bad = {
             "unreadable": (b"none", "hat ?"),
             "long": (image, "hat " * 600),
@@ -94,6 +97,15 @@ class Scenario:
                 await self.ask(question(text, data))
             self.said[name] = str(refused.value)
         assert self.ask.restarted == 0, "a bad request is no illness of the engine"
+
+    def prompts(self, text: str, image: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A prompt about a picture that was asked about before: as the engine makes it, and as vLLM's renderer does."""
+        engine = self.engines[0]
+        turn, digest = engine._text(question(text, image)), hashlib.sha256(image).hexdigest()
+        whole = {"multi_modal_data": {"image": open_picture(image)}, "multi_modal_uuids": {"image": [digest]}}
+        made, vllms = engine._prompt(turn, image), engine._render({"prompt": turn, **whole})
+        names = ("type", "prompt_token_ids", "mm_placeholders", "mm_hashes", "mm_kwargs")
+        return tuple({name: one[name] for name in names} for one in (made, vllms))  # type: ignore[return-value]
 
     async def strike(self) -> None:
         """Stop every process of the engine; the next one has the adapter."""
@@ -133,6 +145,13 @@ def test_answers_keep_to_a_schema_and_to_a_choice(scenario: Scenario) -> None:
     assert len(items) == 2
     assert set(items) <= {"cap", "none"}
     assert scenario.said["choice"] in ("maybe", "never")
+
+
+def test_prompts_that_share_a_picture_are_those_that_vllm_renders(scenario: Scenario) -> None:
+    for made, vllms in scenario.said["prompts"]:
+        assert made == vllms
+    (first, _), (second, _), (third, _) = scenario.said["prompts"]
+    assert first == third != second
 
 
 def test_bad_requests_are_refused_readably(scenario: Scenario) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from typing import Any
 
@@ -37,32 +38,56 @@ def engine(tokenizer: Words, context: int = 20) -> VllmEngine:
     return made
 
 
-def test_prompts_are_what_the_template_renders_and_it_renders_once() -> None:
+def test_turns_are_what_the_template_renders_and_it_renders_once() -> None:
     words = Words()
     made = engine(words)
-    image = jpeg(1)
     for text in ("hat ?", "a {braced} 'hat' ?"):
-        assert made._prompt(Request(text, Sampling(1))) == {"prompt": f"<user> {text} <assistant>"}
-        seen = made._prompt(Request(text, Sampling(1), image))
-        assert seen["prompt"] == f"<user> <picture> {text} <assistant>"
-        assert seen["multi_modal_uuids"] == {"image": [hashlib.sha256(image).hexdigest()]}
-        assert seen["multi_modal_data"]["image"].size == (16, 32)
+        assert made._text(Request(text, Sampling(1))) == f"<user> {text} <assistant>"
+        assert made._text(Request(text, Sampling(1), b"picture")) == f"<user> <picture> {text} <assistant>"
     assert words.rendered == 2, "once with a picture, once without"
+
+
+def test_a_picture_is_named_by_the_digest_of_its_file() -> None:
+    made, image = engine(Words()), jpeg(1)
+    seen: list[Any] = []
+    made._rendering = lambda *asked: seen.append(asked)
+    made._prompt("hat ?", image)
+    made._prompt("hat ?", None)
+    (text, picture, digest), alone = seen
+    assert (text, picture().size, digest) == ("hat ?", (16, 32), hashlib.sha256(image).hexdigest())
+    assert alone == ("hat ?",)
 
 
 def test_a_prompt_longer_than_the_context_is_refused_before_vllm_sees_it() -> None:
     made = engine(Words())
-    made._prompt(Request("word " * 14, Sampling(4)))  # 14 + 2 of the template + 4 to answer
+    made._text(Request("word " * 14, Sampling(4)))  # 14 + 2 of the template + 4 to answer
     with pytest.raises(BadInput, match="has 17 tokens without the picture and may answer with 4; the context is 20"):
-        made._prompt(Request("word " * 15, Sampling(4)))
+        made._text(Request("word " * 15, Sampling(4)))
 
 
 def test_a_template_that_loses_the_text_is_refused() -> None:
     for template in ("<user> <assistant>", "{text} and {text}"):
         with pytest.raises(UserError, match="chat template"):
-            engine(Words(template))._prompt(Request("hat ?", Sampling(1)))
+            engine(Words(template))._text(Request("hat ?", Sampling(1)))
 
 
 def test_a_picture_that_is_none_is_bad_input() -> None:
+    made = engine(Words())
+    made._rendering = lambda text, picture, digest: picture()
     with pytest.raises(BadInput, match="cannot be decoded"):
-        engine(Words())._prompt(Request("hat ?", Sampling(1), b"none"))
+        made._prompt("hat ?", b"none")
+
+
+def test_an_engine_that_can_answer_nothing_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine(Words())
+    asked: list[Request] = []
+
+    async def refuses(request: Request) -> None:
+        asked.append(request)
+        raise BadInput("vLLM refuses the request: the picture has 64 tokens")
+
+    monkeypatch.setattr(made, "generate", refuses)
+    with pytest.raises(UserError, match=r"model answers no question: .* 64 tokens"):
+        asyncio.run(made._warm_up())
+    assert len(asked) == 1
+    assert asked[0].image

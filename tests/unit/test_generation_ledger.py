@@ -307,6 +307,27 @@ def test_a_stall_is_silence_not_a_long_wait() -> None:
     assert most == 4, "the queue is bounded"
 
 
+def test_an_idle_engine_is_no_stalled_one_and_a_request_given_up_is_forgotten() -> None:
+    calls: list[Request] = []
+
+    async def run() -> int:
+        ask = Supervised(lambda: ScriptedEngine(str, calls, hang={1}), stall_s=0.2)
+        await ask(request("a"))
+        await asyncio.sleep(0.15)
+        given_up = asyncio.ensure_future(ask(request("b")))
+        await asyncio.sleep(0.1)  # longer than a stall after the first answer, shorter than one after the question
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        await asyncio.sleep(0.3)
+        await ask(request("c"))
+        await ask.close()
+        return ask.restarted
+
+    assert asyncio.run(run()) == 0
+    assert [call.text for call in calls] == ["a", "b", "c"]
+
+
 def test_requests_on_an_ended_engine_move_to_the_next_one() -> None:
     """The first engine never answers anybody; the second answers at once, and its answers are no sign of the first."""
     calls: list[Request] = []

@@ -10,6 +10,7 @@ attributes (data/synthetic/words.read_phrases), so wording is no part of what th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -104,7 +105,13 @@ def part_boxes(areas: np.ndarray) -> dict[str, tuple[float, float, float, float]
 
 def sentence(slot: str, seen: Mapping[str, str]) -> str:
     """One sentence on a slot in the world's own words; "" when nothing is known of it."""
-    said = phrase(slot, seen, seen, np.random.Generator(np.random.Philox(0)))
+    return _sentence(slot, tuple(sorted(seen.items())))
+
+
+@functools.lru_cache(maxsize=4096)
+def _sentence(slot: str, seen: tuple[tuple[str, str], ...]) -> str:
+    wear = dict(seen)
+    said = phrase(slot, wear, wear, np.random.Generator(np.random.Philox(0)))
     return f"The person has {said}." if said else ""
 
 

@@ -1,0 +1,175 @@
+"""What the small model's answers bring: interaction with trained text runs, and its captions in training. Each as it comes out.
+
+python -m tests.bench.bench_interaction rounds [key=value ...]
+    three methods on the synthetic world, each seed trained in this process: R1 before and after every round with the small
+    model behind vLLM (`jobs.interact`), and with the truth in its place as upper bound; calls against the released loop.
+    seeds=[1,2,3] only=NAME steps=150 out=FOLDER (keeps tables and runs; what is there is not trained again)
+python -m tests.bench.bench_interaction captions [key=value ...]
+    ICL fine-tuned with and without captions that `jobs.generate rda` makes with the small model, equal steps and start.
+    seeds=[2,3,4] epochs=6 people=100 warm=FILE (bench_icl's start weights, kept there)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reid_dist import methods
+from reid_dist.config import to_mapping
+from reid_dist.data.store import open_view
+from reid_dist.data.synthetic import World, world_for
+from reid_dist.data.synthetic.identity import ATTRIBUTES, Attributes
+from reid_dist.data.synthetic.oracle import shows
+from reid_dist.data.synthetic.shots import text_shots
+from reid_dist.generation.interaction import Policy
+from reid_dist.generation.ledger import Ledger, Maker
+from reid_dist.generation.messages import Outcome, Request
+from reid_dist.generation.stages import Answerer, InlineRunner, Job, dialogues
+from reid_dist.generation.supervise import Supervised
+from reid_dist.generation.tiny.questions import MATCH, attribute_answer, attribute_question
+from reid_dist.runs import Run, identity_of
+from reid_dist.storage import open_store
+from reid_dist.training.worker import open_data
+from tests.bench import bench_icl
+from tests.bench.bench_generation import TABLE, run_job
+from tests.dist.cells import train_recipe
+from tests.scripted import ScriptedEngine
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "ICL": ("icl/synthetic", "model.text_length=64"),
+    "CoMoE": ("comoe/synthetic",),
+    "plain CLIP": ("comoe/synthetic", "model.head=base", "model.losses=[sdm,itc]"),
+}
+
+
+class Oracle:
+    """Truthful answers about a world's pictures, by their bytes."""
+
+    def __init__(self, world: World) -> None:
+        self.truth: dict[bytes, tuple[Attributes, frozenset[str]]] = {}
+        for shot in text_shots(world):
+            if shot.person.split == "test":
+                sample, drawing = world.sample(shot)
+                self.truth[sample.image] = (shot.person.attributes, drawing.visible())
+
+    def __call__(self, request: Request) -> str:
+        wear, seen = self.truth[request.image or b""]
+        if request.text.startswith(MATCH):
+            raise ValueError("match questions are answered from the caption itself")
+        name = next(name for name in ATTRIBUTES if attribute_question(name) == request.text)
+        return attribute_answer(name, wear, seen)
+
+
+def oracle_job(world: World, view: Any, place: Path) -> Job:
+    """A job whose search and descriptions are the truth."""
+    oracle, speak = Oracle(world), dialogues("tiny")
+
+    class Truthful(type(speak)):  # type: ignore[misc]
+        async def locate(self, ask: Any, image: bytes, text: str) -> Any:
+            wear, seen = oracle.truth[image]
+            return Outcome(shows(wear, text, seen))
+
+    truthful = Truthful(speak.prompts)
+    ask = Supervised(lambda: ScriptedEngine(oracle, []), 60)
+    runner = InlineRunner(Answerer(truthful, ask, lambda row: view.encoded([row])[0]))
+    return Job(Ledger(open_store(place)).take(), Maker("oracle"), truthful, runner, runner)
+
+
+def trained(root: Path, name: str, seed: int, steps: int) -> str:
+    """A run of a method, trained in this process; its place."""
+    recipe, *words = METHODS[name]
+    built = methods.load_recipe(
+        recipe,
+        [f"data.root={root}", f"output={root}/runs", f"name={name.replace(' ', '-')}-{steps}-{seed}", f"seed={seed}",
+         f"training.max_steps={steps}", "training.epochs=99", "training.num_workers=1", "training.eval_every=0",
+         "training.checkpoint_every=0", *words],
+    )  # fmt: skip
+    if not open_store(built.uri).list("checkpoints/"):
+        run = Run.open(built.uri, identity_of(built, open_data(built).train.versions), built)
+        train_recipe(to_mapping(built), run.uri, attempt=run.attempt)
+        run.write_record({"exit_code": 0})
+    return str(built.uri)
+
+
+def rounds(seeds: tuple[int, ...] = (1, 2, 3), only: str = "", steps: int = 150, out: str = "") -> None:
+    """Every method and seed."""
+    from jobs.demo import make_data
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(out or folder)
+        make_data(str(root), TABLE)
+        world, found = world_for("cuhk-pedes"), {}
+        for name in METHODS:
+            if only in name:
+                found[name] = [interaction(root, world, name, seed, steps) for seed in seeds]
+    for name, lines in found.items():
+        print(f"{name}: R1 " + "; ".join(
+            f"{what} {np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+            for what, values in ((what, [line[what] for line in lines]) for what in lines[0])
+        ))  # fmt: skip
+
+
+def interaction(root: Path, world: World, name: str, seed: int, steps: int) -> dict[str, float]:
+    """R1 of one run before and after, with the model and with the truth."""
+    from jobs.interact import encode, refine
+    from reid_dist.evaluation.neighbours import nearest
+    from reid_dist.training.loaded import load_run
+
+    uri = trained(root, name, seed, steps)
+    loaded = load_run(uri, "last")
+    view = open_view(loaded.recipe.data, loaded.recipe.data.test)
+    encoded = encode(loaded, view)
+    # Similarities are on another scale in every run: half of the queries count as sure of their first candidate.
+    best = nearest(encoded.query, encoded.gallery, 1, weights=encoded.shares).score[:, 0]
+    threshold = round(float(np.median(best)), 4)
+    model = run_job("jobs.interact", uri, "checkpoint=last", f"threshold={threshold}")
+    truth = refine(encoded, oracle_job(world, view, root / "oracle" / f"{name}-{seed}"), Policy(5, threshold), 60)
+    for who, record in (("small model", model), ("oracle", truth)):
+        after = ", ".join(f"{one['rank1']:.3f}" for one in record["rounds"])
+        print(
+            f"{name}, seed {seed}, {who}: R1 {record['before']['rank1']:.3f}, after rounds {after}; mAP "
+            f"{record['before']['mAP']:.3f} -> {record['after']['mAP']:.3f}; {record['accepted']} anchors, right "
+            f"{record['anchors_right']}; asked {record['asked']} of {record['asked_by_released_loop']}", flush=True,
+        )  # fmt: skip
+    return {
+        "before": model["before"]["rank1"],
+        "small model": model["after"]["rank1"],
+        "oracle": truth["after"]["rank1"],
+    }
+
+
+def captions(
+    seeds: tuple[int, ...] = (2, 3, 4), epochs: int = 6, people: int = 100, warm: str = "", warm_people: int = 300,
+    warm_epochs: int = 6,
+) -> None:  # fmt: skip
+    """Test scores with and without, per seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        start = bench_icl.start_weights(place, warm, warm_people, warm_epochs)
+        for seed in seeds:
+            root = bench_icl.world(place, seed, people)
+            made = run_job("jobs.generate", "rda", TABLE, f"root={root}", "name=made")
+            for name, groups in (("captions alone", "[]"), ("and the small model's", "[made]")):
+                words = [*bench_icl.SIZES, *bench_icl.FINE_TUNE, f"training.epochs={epochs}", "model.consensus=false"]
+                run = bench_icl.fit(root, seed, [*words, f"model.groups={groups}"], start)
+                line = {"seed": seed, "run": name, "mAP before": run["before"], **run["scores"], "steps": run["steps"]}
+                print(json.dumps(line), flush=True)
+            print(json.dumps({key: made[key] for key in ("captions", "calls", "sentences_per_caption")}), flush=True)
+
+
+def main(words: list[str]) -> None:
+    from reid_dist.methods.command import words_and_options
+
+    plain, options = words_and_options(words)
+    {"rounds": rounds, "captions": captions}[plain[0]](**options)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    main(sys.argv[1:])
