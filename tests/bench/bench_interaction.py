@@ -99,11 +99,14 @@ def trained(root: Path, name: str, seed: int, steps: int) -> str:
 
 def rounds(seeds: tuple[int, ...] = (1, 2, 3), only: str = "", steps: int = 150, out: str = "") -> None:
     """Every method and seed."""
+    from jobs._cluster import connect
     from jobs.demo import make_data
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(out or folder)
-        make_data(str(root), TABLE)
+        if not (root / "tables").exists():
+            with connect():
+                make_data(str(root), TABLE)
         world, found = world_for("cuhk-pedes"), {}
         for name in METHODS:
             if only in name:
