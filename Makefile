@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up themselves.
 PYTHON = .venv/bin/python
 
-.PHONY: env demo test test-unit test-dist test-e2e lint bench chaos clean
+.PHONY: env demo test test-unit test-dist test-e2e test-gpu lint bench chaos clean
 
 env:
 	@cluster/bootstrap.sh --tests
@@ -13,7 +13,7 @@ demo:
 test: env
 	@$(PYTHON) -m pytest -q tests/unit tests/dist tests/e2e --durations=15
 
-test-unit test-dist test-e2e: test-%: env
+test-unit test-dist test-e2e test-gpu: test-%: env
 	@$(PYTHON) -m pytest -q tests/$* --durations=10
 
 lint: env
