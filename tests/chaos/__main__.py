@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from reid_dist import methods
-from tests.chaos import chain, crashes, elastic, generation, machine, sweep
+from tests.chaos import chain, crashes, elastic, generation, machine, sweep, trials
 from tests.chaos.struck import Row, markdown
 from tests.worlds import small_tables
 
@@ -36,6 +36,7 @@ SCENARIOS: dict[str, Callable[[Path, Path], list[Row]]] = {
     "skewed-clock": machine.skewed_clock,
     "storm": machine.storm,
     "sweep": sweep.sweep,
+    "trials": trials.trials,
     "generation": generation.killed,
 }
 

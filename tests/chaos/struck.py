@@ -89,8 +89,8 @@ def same_weights(run: Run, weights: dict[str, torch.Tensor]) -> bool:
     return newest.model.keys() == weights.keys() and all(torch.equal(newest.model[k], weights[k]) for k in weights)
 
 
-def left_behind(run: Run) -> list[str]:
-    """Keys below the run that its card does not account for."""
+def left_behind(run: Run, *known_too: str) -> list[str]:
+    """Keys below the run that neither its card accounts for nor `known_too` names."""
     card = run.card()
     kept = {checkpoint["name"] for checkpoint in card["checkpoints"] if checkpoint["kept"]}
     attempts = {attempt["number"] for attempt in card["attempts"]}
@@ -99,7 +99,7 @@ def left_behind(run: Run) -> list[str]:
     for entry in run.store.list():
         top, _, rest = entry.key.partition("/")
         number = rest.removeprefix("attempt-")[:4]
-        known = entry.key in ("run.json", "card.json", "record.json") or (
+        known = entry.key in ("run.json", "card.json", "record.json", *known_too) or (
             top in ("attempts", "notes", "metrics", "logs", "tensorboard")
             and number.isdigit()
             and int(number) in attempts

@@ -18,11 +18,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+LEFT = """
+import json, ray
+from ray.util.placement_group import placement_group_table
+from ray.util.state import list_actors
+ray.init(address="auto", logging_level="ERROR")
+groups = [name for name, facts in placement_group_table().items() if facts["state"] != "REMOVED"]
+actors = {actor.class_name for actor in list_actors(filters=[("state", "!=", "DEAD")])}
+actors = sorted(actors - {"_AutoscalingCoordinatorActor"})  # the cluster's own: one for all jobs, without resources
+total, free = ray.cluster_resources().get("CPU"), ray.available_resources().get("CPU", 0.0)
+print(json.dumps({"groups": groups, "actors": actors, "busy": round(total - free, 6)}))
+"""
 
 
 def free_port() -> int:
@@ -123,6 +135,19 @@ class Head:
         node = Node(words, self.environment, self.folder / f"node-{secrets.token_hex(3)}.log")
         self.nodes.append(node)
         return node
+
+    def left(self, patience_s: float = 60) -> dict[str, Any]:
+        """Placement groups, actors and CPUs that are still taken, once they had time to go; needs the dashboard."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            done = subprocess.run(
+                [sys.executable, "-c", LEFT], env=self.client, capture_output=True, text=True, cwd=ROOT
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+            found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+            if not any(found.values()) or time.monotonic() > deadline:
+                return found
+            time.sleep(2)
 
     def drain(self, node: Node, deadline_s: int) -> None:
         """Announce that a node will be taken away, as a cloud does with a spot machine."""

@@ -6,11 +6,7 @@ tells a private cluster, which nobody can look into from outside: no actor of Ra
 
 from __future__ import annotations
 
-import hashlib
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,25 +17,14 @@ import yaml
 from jobs._cluster import PRIVATE
 from reid_dist import methods
 from reid_dist.runs import Run
-from tests.e2e.cluster import ROOT, Head, head
-from tests.e2e.job import Job
-from tests.worlds import read_record, small_tables
+from tests.e2e.cluster import Head, head
+from tests.e2e.job import Job, digests
+from tests.worlds import small_tables
 from tuning.search import history
 from tuning.state import SweepState
 
 STEPS = 12
 RATES = [1e-3, 1e-9, 3e-4, 1e-8, 1e-4, 3e-3, 1e-7, 5e-4]
-LEFT = """
-import json, ray
-from ray.util.placement_group import placement_group_table
-from ray.util.state import list_actors
-ray.init(address="auto", logging_level="ERROR")
-groups = [name for name, facts in placement_group_table().items() if facts["state"] != "REMOVED"]
-actors = {actor.class_name for actor in list_actors(filters=[("state", "!=", "DEAD")])}
-actors = sorted(actors - {"_AutoscalingCoordinatorActor"})  # the cluster's own: one for all jobs, without resources
-total, free = ray.cluster_resources().get("CPU"), ray.available_resources().get("CPU", 0.0)
-print(json.dumps({"groups": groups, "actors": actors, "busy": round(total - free, 6)}))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -74,29 +59,6 @@ def write_sweep(place: Path, rates: list[float]) -> Path:
     return path
 
 
-def left(cluster: Head) -> dict[str, Any]:
-    """Placement groups, actors and CPUs that are still taken on the head, once they had time to go."""
-    deadline = time.monotonic() + 60
-    while True:
-        done = subprocess.run(
-            [sys.executable, "-c", LEFT], env=cluster.client, capture_output=True, text=True, cwd=ROOT
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        found = read_record(done.stdout)
-        if not any(found.values()) or time.monotonic() > deadline:
-            return found
-        time.sleep(2)
-
-
-def content(folder: Path) -> dict[str, str]:
-    """Digest of every file of a run."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 @pytest.mark.timeout(1200)  # a loaded machine: eleven starts of Ray Train, each of which imports torch four times
 def test_eight_trials_killed_in_the_middle_extended_and_continued(cluster: Head, place: Path) -> None:
     folder = place / "sweeps" / "eight"
@@ -106,7 +68,7 @@ def test_eight_trials_killed_in_the_middle_extended_and_continued(cluster: Head,
     first.kill()
     ended = state.outcomes()
     assert len(trials(state)) < 5
-    before = {name: content(Path(outcome_uri(state, name))) for name in ended}
+    before = {name: digests(Path(outcome_uri(state, name))) for name in ended}
 
     second = Job("jobs.tune", str(write_sweep(place, RATES)), environment=cluster.client)
     code, record, said = second.finish(600)
@@ -116,11 +78,11 @@ def test_eight_trials_killed_in_the_middle_extended_and_continued(cluster: Head,
     assert record["started_now"] == 9 - len(ended)  # eight trials and the shared run
     assert record["concurrent_trials"] == 2  # 2 CPUs, 0.7 + 0.1 each
     for name, outcome in ended.items():
-        assert content(Path(outcome_uri(state, name))) == before[name]
+        assert digests(Path(outcome_uri(state, name))) == before[name]
         assert outcomes[name] == outcome
     check_shared(state)
     check_ends(state)
-    assert left(cluster) == {"groups": [], "actors": [], "busy": 0.0}
+    assert cluster.left() == {"groups": [], "actors": [], "busy": 0.0}
     check_board(folder, trials(state))
 
 
