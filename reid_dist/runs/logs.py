@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from reid_dist.errors import RunError
 from reid_dist.runs.redact import redact
 from reid_dist.runs.run import Run
+from reid_dist.runs.scratch import Scratch
 from reid_dist.storage import Store, check_name
 
 logger = logging.getLogger(__name__)
@@ -73,8 +73,8 @@ def ship_logs(run: Run, name: str) -> Iterator[None]:
     taken = {entry.key for entry in run.store.list(f"{folder}/{check_name(name)}.")}
     numbers = [f"{folder}/{name}.log", *(f"{folder}/{name}.{n}.log" for n in range(2, len(taken) + 2))]
     key = next(candidate for candidate in numbers if candidate not in taken)
-    with tempfile.TemporaryDirectory(prefix="reid-log-") as local:
-        path = Path(local) / "log"
+    with Scratch("log") as local:
+        path = local / "log"
         handler = logging.FileHandler(path, encoding="utf-8")
         handler.setFormatter(_Redacting("%(asctime)sZ %(levelname)s %(name)s: %(message)s"))
         root, ours = logging.getLogger(), logging.getLogger("reid_dist")
@@ -82,7 +82,10 @@ def ship_logs(run: Run, name: str) -> Iterator[None]:
         level = ours.level
         if ours.getEffectiveLevel() > logging.INFO:  # a Ray worker's root logger passes warnings only
             ours.setLevel(logging.INFO)
-        logger.info("%s of attempt %d on %s, process %d", name, run.attempt, os.uname().nodename, os.getpid())
+        logger.info(
+            "%s of attempt %d on %s, process %d, run %s",
+            name, run.attempt, os.uname().nodename, os.getpid(), run.uri.rpartition("/")[2],
+        )  # fmt: skip
         shipper = LogShipper(run.store, key, path)
         try:
             yield

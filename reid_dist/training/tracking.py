@@ -7,13 +7,12 @@ end a run.
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from reid_dist.config import Recipe, flatten, to_mapping
 from reid_dist.errors import UserError
+from reid_dist.runs.scratch import Scratch
 
 if TYPE_CHECKING:
     from reid_dist.runs import Run
@@ -36,8 +35,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.run = run
-        self._folder = tempfile.TemporaryDirectory(prefix="reid-tensorboard-")
-        self._writer = SummaryWriter(self._folder.name)
+        self._scratch = Scratch("tensorboard")
+        self._writer = SummaryWriter(str(self._scratch.path))
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
@@ -45,9 +44,9 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
-        for path in sorted(Path(self._folder.name).iterdir()):
+        for path in sorted(self._scratch.path.iterdir()):
             self.run.store.upload(f"tensorboard/attempt-{self.run.attempt:04d}/{path.name}", str(path))
-        self._folder.cleanup()
+        self._scratch.close()
 
 
 class MLflow:
