@@ -34,6 +34,7 @@ TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # its state is thrown away
 }
+STATUS_S = 60.0  # how often the log says where every running trial is, when that changed
 GONE_S = 10.0  # how long placement groups may take to vanish after the last trial
 
 
@@ -51,6 +52,7 @@ class Books:
     closed: str = ""  # why nothing more is started
     trials: dict[str, Trial] = field(default_factory=dict)
     reports: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # what the scheduler was shown, by trial
+    reached: dict[str, int] = field(default_factory=dict)  # the last step that a trial reported
 
     def spent(self) -> bool:
         """Whether the GPU-hours of the budget are used up."""
@@ -59,6 +61,15 @@ class Books:
             return False
         self.over_budget = True
         return True
+
+    def status(self) -> str:
+        """How many trials of this job ended, and where the running ones are: a line of the log instead of a bar for each."""
+        at = [f"{trial.label} {_where(self.reached.get(name))}" for name, trial in list(self.running.items())]
+        return f"{len(self.started) - len(at)} ended in this job, {len(at)} running: {', '.join(at) or 'none'}"
+
+
+def _where(step: int | None) -> str:
+    return "starts" if step is None else f"past step {step}"
 
 
 def gpu_hours(state: SweepState) -> float:
@@ -134,9 +145,15 @@ def _watch(books: Books, fit: Callable[[], Any]) -> None:
             done.set()
 
     threading.Thread(target=target, name="ray-tune-fit", daemon=True).start()
+    said, due = "", time.monotonic() + STATUS_S
     while not done.is_set():
         try:
             time.sleep(0.5)
+            if time.monotonic() > due:
+                due, status = time.monotonic() + STATUS_S, books.status()
+                if status != said:
+                    logger.info("%s", status)
+                said = status
             groups.remove_orphans()  # the room of a trial that was stopped is the next one's at once
             if books.closed:
                 _ask_to_stop(books)

@@ -62,6 +62,8 @@ def make_ledger(books: Books, chooser: OptunaChooser | None) -> Any:
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
             metric, name = books.sweep.metric, self._trial(trial).name
+            if STEP in result:
+                books.reached[name] = int(result[STEP])
             if metric in result and STEP in result and "ended" not in result:
                 report = {STEP: result[STEP], metric: result[metric]}
                 books.reports.setdefault(name, []).append(report)

@@ -84,7 +84,7 @@ def _train(trial: Trial, run: Run, metric: str) -> str:
             tune.report(report)
     with ship_logs(run, "driver"):
         try:
-            summary = fit(recipe, run, callbacks=[TuneReportCallback()])
+            summary = fit(recipe, run, callbacks=[TuneReportCallback()], bar=False)
         except (UserError, RunError) as error:
             code = 2 if isinstance(error, UserError) else 1
             run.write_record({"job": "train", "exit_code": code, "error": " ".join(str(error).split())})

@@ -12,19 +12,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reid_dist.config import Recipe, build_recipe, to_mapping
-from reid_dist.errors import RunError, UserError
+from reid_dist.errors import RunError
 from reid_dist.methods import get
 from reid_dist.runs import Run, ship_logs
-from reid_dist.runs.failures import Failure, collateral, explain, signature
+from reid_dist.runs.failures import Failure, explain, signature
 from reid_dist.storage import StorageError, ray_storage
+from reid_dist.training.causes import cause_of, end_if_final, shortened, text_of
 from reid_dist.training.loop import Hooks, Stopped, Worker, out_of_memory
+from reid_dist.training.stopping import stop_watch, stoppable
 from reid_dist.training.watchdog import watched
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ GAUGES = {
     "loss": "Training loss",
     "rows_per_s": "Training rows per second over all workers",
 }
-STOP_POLL_S = 2.0  # how often rank 0 looks for a request to stop
 
 
 def resources(recipe: Recipe) -> dict[str, float]:
@@ -52,10 +52,11 @@ def resources(recipe: Recipe) -> dict[str, float]:
     return needs
 
 
-def fit(recipe: Recipe, run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+def fit(recipe: Recipe, run: Run, callbacks: Sequence[Any] = (), bar: bool = True) -> dict[str, Any]:
     """Train `recipe` in `run` until done, or until somebody asks it to stop. Returns rank 0's summary.
 
-    `callbacks`: Ray Train's, told of every report (a sweep passes them on to Ray Tune).
+    `callbacks`: Ray Train's, told of every report (a sweep passes them on to Ray Tune). `bar`: whether the steps are shown by a
+    progress bar; those of several runs at once would make the driver's log unreadable.
     An interrupt in the main thread asks the workers to stop with a checkpoint; a second one ends at once.
     Raises UserError (the user can mend it) or RunError (budget used up, repeating bug, diverged).
     """
@@ -65,17 +66,17 @@ def fit(recipe: Recipe, run: Run, callbacks: Sequence[Any] = ()) -> dict[str, An
     failures: list[Failure] = []
     while True:
         try:
-            return _one_try(recipe, run, len(failures), callbacks)
+            return _one_try(recipe, run, len(failures), callbacks, bar)
         except WorkerGroupError as error:
-            cause, text = _cause(error)
+            cause, text = cause_of(error)
         except TrainingFailedError as error:
             cause, text = error, str(error)
-        _end_if_final(cause)
+        end_if_final(cause)
         where = run.latest_step()
         told = [
             note for note in run.notes() if note.get("start") == len(failures) + 1 and note["attempt"] == run.attempt
         ]
-        failure = explain(told, _short(text), where)
+        failure = explain(told, shortened(text), where)
         run.note_restart(reason=failure.text, step=where)
         if failure.repeats(failures[-1] if failures else None):
             raise RunError(
@@ -90,7 +91,7 @@ def fit(recipe: Recipe, run: Run, callbacks: Sequence[Any] = ()) -> dict[str, An
         logger.warning("failure %d, continuing from step %d: %s", len(failures), where, failure.text)
 
 
-def _one_try(recipe: Recipe, run: Run, number: int, callbacks: Sequence[Any]) -> dict[str, Any]:
+def _one_try(recipe: Recipe, run: Run, number: int, callbacks: Sequence[Any], bar: bool) -> dict[str, Any]:
     from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchConfig
 
@@ -103,6 +104,7 @@ def _one_try(recipe: Recipe, run: Run, number: int, callbacks: Sequence[Any]) ->
             "run": run.uri,
             "attempt": run.attempt,
             "start": number + 1,
+            "bar": bar,
         },
         scaling_config=_scaling(recipe, needs),
         run_config=RunConfig(
@@ -119,7 +121,7 @@ def _one_try(recipe: Recipe, run: Run, number: int, callbacks: Sequence[Any]) ->
         ),
     )
     try:
-        return _in_thread(trainer.fit, run).return_value
+        return stoppable(trainer.fit, run).return_value
     finally:
         run.store.delete_tree("ray")
 
@@ -165,77 +167,15 @@ def _scaling(recipe: Recipe, needs: dict[str, float]) -> Any:
     )
 
 
-def _in_thread(call: Callable[[], Any], run: Run) -> Any:
-    """Run Ray's fit beside the main thread, which stays free for signals (Ray's own Ctrl-C handler would kill the workers)."""
-    box: dict[str, Any] = {}
-    done = threading.Event()
-
-    def target() -> None:
-        try:
-            box["value"] = call()
-        except BaseException as error:
-            box["error"] = error
-        finally:
-            done.set()
-
-    threading.Thread(target=target, name="ray-train-fit", daemon=True).start()
-    asked = False
-    while not done.is_set():
-        try:
-            time.sleep(0.5)  # not Thread.join: interrupted by a signal it may take the thread for ended
-        except (KeyboardInterrupt, RunError) as interrupt:
-            if asked:
-                raise
-            asked = True
-            logger.warning("%s: asking the workers to checkpoint and stop", str(interrupt) or "interrupted")
-            run.request_stop(str(interrupt) or "interrupted")
-    if "error" in box:
-        raise box["error"]
-    return box["value"]
-
-
-def _cause(error: Any) -> tuple[BaseException, str]:
-    """(root cause, its text) of the first failing worker that says something of its own."""
-    failures = list(error.worker_failures.values()) or [error]
-
-    def unwrap(failure: BaseException) -> BaseException:
-        for name in ("_base_exc", "cause", "__cause__"):
-            inner = getattr(failure, name, None)
-            if isinstance(inner, BaseException):
-                return unwrap(inner)
-        return failure
-
-    def order(cause: BaseException) -> int:
-        return 0 if isinstance(cause, (UserError, RunError)) else 1 + collateral(_text(cause))
-
-    first = min(map(unwrap, failures), key=order)
-    return first, _text(first)
-
-
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _end_if_final(cause: BaseException) -> None:
-    if isinstance(cause, UserError):
-        raise cause
-    if isinstance(cause, RunError) and not cause.retryable:
-        raise cause
-
-
-def _short(text: str) -> str:
-    """The telling lines of a failure on one line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines)[:400] if len(lines) < 4 else f"{lines[0]} ... {lines[-1]}"[:400]
-
-
 def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     """One Ray Train worker: everything it needs comes from `config` and storage."""
     marks = {"worker": time.time()}
     import ray.train
+    from ray.train.v2._internal.execution import context as reporting
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it repeats every reported metric
+    for name in ("ray.train", reporting.__file__):  # they repeat every reported metric; the second is named by its path
+        logging.getLogger(name).setLevel(logging.WARNING)
 
     from reid_dist.training.selection import evaluator
     from reid_dist.training.start import init_weights
@@ -252,7 +192,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     worker: Worker | None = None
     with (
         ship_logs(run, f"rank-{rank}"),
-        _stop_watch(run, rank) as wanted,
+        stop_watch(run, rank) as wanted,
         watched(run, rank, start, recipe.training.hang_timeout_s) as beat,
     ):
         try:
@@ -263,7 +203,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
                 preempted=_preempted,
                 report=lambda metrics: ray.train.report(metrics),
                 evaluate=evaluator(recipe, prepared),
-                bar=_bar,
+                bar=_bar if config["bar"] else _no_bar,
                 beat=beat,
                 marks=marks,
             )
@@ -299,7 +239,7 @@ def _summary(worker: Worker, steps: int, marks: dict[str, float]) -> dict[str, A
 def _note_failure(run: Run, rank: int, start: int, step: int, error: BaseException) -> None:
     """What this rank knows of its end, for the driver and for the postmortem; a failure to store it hides nothing."""
     with contextlib.suppress(StorageError):
-        run.note("failure", rank=rank, start=start, step=step, error=_short(_text(error)), trace=signature(error))
+        run.note("failure", rank=rank, start=start, step=step, error=shortened(text_of(error)), trace=signature(error))
 
 
 def _preempted() -> bool:
@@ -336,37 +276,17 @@ def _bar(**options: Any) -> Any:
     """A progress bar that Ray carries from the worker to the driver's terminal."""
     from ray.experimental import tqdm_ray
 
-    disable = options.pop("disable", False)
     initial = options.pop("initial", 0)
-    if disable:
-        return contextlib.nullcontext(_NoBar())
+    if options.pop("disable", False):
+        return _no_bar()
     bar = tqdm_ray.tqdm(**options)
     bar.update(initial)
     return contextlib.closing(bar)
 
 
+def _no_bar(**options: Any) -> Any:
+    return contextlib.nullcontext(_NoBar())
+
+
 class _NoBar:
     def update(self, n: int = 1) -> None: ...
-
-
-@contextlib.contextmanager
-def _stop_watch(run: Run, rank: int) -> Iterator[threading.Event]:
-    """On rank 0: an event that is set once somebody asked this attempt to stop (`Run.request_stop`)."""
-    wanted, closing = threading.Event(), threading.Event()
-
-    def watch() -> None:
-        while not closing.wait(STOP_POLL_S):
-            with contextlib.suppress(RunError):
-                if run.stop_requested():
-                    wanted.set()
-                    return
-
-    thread = threading.Thread(target=watch, name="stop-watch", daemon=True)
-    if rank == 0:
-        thread.start()
-    try:
-        yield wanted
-    finally:
-        closing.set()
-        if thread.is_alive():
-            thread.join(timeout=5)

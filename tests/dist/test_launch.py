@@ -33,7 +33,7 @@ def fit(run: Run, monkeypatch: pytest.MonkeyPatch, tries: list[Any], **training:
     recipe = methods.load_recipe("comoe/tiny", words)
     run = Run.open(run.uri, identity_of(recipe, {}), recipe)  # an attempt of its own
 
-    def one_try(recipe: Any, run: Run, number: int, callbacks: Any) -> dict[str, Any]:
+    def one_try(recipe: Any, run: Run, number: int, callbacks: Any, bar: bool) -> dict[str, Any]:
         outcome = tries.pop(0)
         if isinstance(outcome, dict):
             return outcome
@@ -93,8 +93,7 @@ def test_a_worker_notes_where_it_failed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray.train, "report", lambda metrics: None)
     monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    monkeypatch.setattr(launch, "_bar", lambda **options: __import__("tqdm").tqdm(disable=True))
-    config = {"recipe": to_mapping(recipe), "run": run.uri, "attempt": 1, "start": 1}
+    config = {"recipe": to_mapping(recipe), "run": run.uri, "attempt": 1, "start": 1, "bar": False}
     summary = launch._worker(config)
     assert summary is not None
     assert (summary["steps"], summary["num_workers"]) == (11, 1)

@@ -13,7 +13,7 @@ from reid_dist.config import RecipeError
 from reid_dist.errors import UserError
 from tuning.driver import Books, queue
 from tuning.expand import expand
-from tuning.feed import make_feed
+from tuning.feed import make_feed, make_ledger
 from tuning.run import refuse_moving_stages
 from tuning.search import STEP, OptunaChooser, history, make_scheduler, replay, warm_start
 from tuning.state import DONE, STOPPED, SweepState
@@ -220,3 +220,21 @@ def test_a_closed_sweep_starts_nothing_more(tmp_path: Path) -> None:
     sweep = sweep_of(output=str(tmp_path), axes={"optim.lr": [1e-3]})
     books = Books(sweep, SweepState(sweep.uri), "", closed="ended by signal SIGTERM")
     assert make_feed(books, queue(trials_of(sweep))).suggest("a") == Searcher.FINISHED
+
+
+def test_the_log_says_where_every_trial_is(tmp_path: Path) -> None:
+    """Instead of a progress bar for each, which would overwrite each other."""
+    import types
+
+    sweep = sweep_of(output=str(tmp_path), axes={"optim.lr": [1e-3, 1e-4, 1e-5]})
+    trials = trials_of(sweep)
+    books = Books(sweep, SweepState(sweep.uri), "", trials={trial.name: trial for trial in trials})
+    feed, ledger = make_feed(books, queue(trials)), make_ledger(books, None)
+    running = {name: types.SimpleNamespace(trial_id=name, last_result={"ended": "failed"}) for name in "abc"}
+    for name, trial in running.items():
+        feed.suggest(name)
+        ledger.on_trial_start(0, [], trial)
+    ledger.on_trial_result(0, [], running["b"], {"step": 94, "loss": 1.0})
+    ledger.on_trial_complete(0, [], running["c"])
+    labels = [trial.label for trial in trials]
+    assert books.status() == f"1 ended in this job, 2 running: {labels[0]} starts, {labels[1]} past step 94"
