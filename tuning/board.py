@@ -74,10 +74,10 @@ def make_board(sweep: Sweep, planned: Mapping[str, Any], outcomes: Outcomes) -> 
         for s in o["scores"]
     ]
     rows = list(dict.fromkeys(o["label"] for o in done))
-    return tables.build(sweep.name, scores, published(sweep.paper, rows), make_notes(sweep, outcomes))
+    return tables.build(sweep.name, scores, published(sweep.paper, rows), make_notes(sweep, planned, outcomes))
 
 
-def make_notes(sweep: Sweep, outcomes: Outcomes) -> list[str]:
+def make_notes(sweep: Sweep, planned: Mapping[str, Any], outcomes: Outcomes) -> list[str]:
     """What a reader must know of the table: what chose, how many ended how, whether the data is synthetic."""
     done = [o for o in outcomes.values() if o["status"] == DONE]
     splits = sorted({str(o["selected_on"]) for o in done})
@@ -93,6 +93,12 @@ def make_notes(sweep: Sweep, outcomes: Outcomes) -> list[str]:
         f", {stopped} stopped early by the scheduler ({sweep.scheduler.name})" if sweep.scheduler.name != "none" else ""
     )
     notes.append(f"{len(done)} trials done{early}.")
+    wanted = Counter(facts["label"] for facts in planned.values())
+    partial = [row for row, n in Counter(o["label"] for o in done).items() if n < wanted[row]]
+    if sweep.metric and partial:
+        notes.append(
+            f"Incomplete (trials of the row were stopped or are not done), so below the others: {', '.join(partial)}."
+        )
     if any(s.get("synthetic") for o in done for s in o["scores"]):
         notes.append("Synthetic data: these scores are no evidence about published accuracy.")
     return notes

@@ -107,11 +107,17 @@ def trials_table(sweep: Sweep, planned: Mapping[str, Any], outcomes: Outcomes, b
         if o is None:
             rows.append([names[name], "not ended", "-", "-", "-", "-", name])
             continue
-        value = "-" if o.get("value") is None else f"{o['value']:.4f}"
+        value = "-" if o.get("value") is None else f"{o['value']:.4f}{_scored_at(o)}"
         mark = "best" if name == best else o["status"]
         rows.append([names[name], mark, value, o["step"], round(o["seconds"]), f"{o['gpu_hours']:.3f}", name])
     head = ["", "end", sweep.metric or "metric", "step", "seconds", "GPU-hours", "run"]
     return Markup("<div class=names>{}</div>").format(table(head, rows))
+
+
+def _scored_at(outcome: Mapping[str, Any]) -> str:
+    """Where the value is an earlier checkpoint's than the last: its step."""
+    step = str(outcome.get("checkpoint", "")).rpartition("-")[2]
+    return f" (step {int(step)})" if step.isdigit() and int(step) != outcome["step"] else ""
 
 
 def provenance(uri: str, runs: list[dict[str, Any]], outcomes: Outcomes) -> dict[str, str]:

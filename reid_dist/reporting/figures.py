@@ -110,10 +110,11 @@ def line_chart(curves: Curves) -> Markup:
     parts = _axes(x_ticks, y_ticks, place, x_low, x_high, curves.x_label)
     legend = []
     for number, (name, (x, y)) in enumerate(shown.items()):
-        style = Markup('class="line c{}" stroke-dasharray="{}"').format(
-            number % len(DASHES), DASHES[number % len(DASHES)]
-        )
-        parts.append(Markup("<path {} d='{}'/>").format(style, _path(*place(x, y))))
+        look, dash = number % len(DASHES), DASHES[number % len(DASHES)]
+        style = Markup('class="line c{}" stroke-dasharray="{}"').format(look, dash)
+        single = Markup('class="line dot c{}"').format(look)  # one record: a dash pattern would hide it
+        shape = single if np.isfinite(y).sum() == 1 else style
+        parts.append(Markup("<path {} d='{}'/>").format(shape, _path(*place(x, y))))
         key = Markup("<svg class=key viewBox='0 0 24 6' aria-hidden=true><path {} d='M0 3H24'/></svg>").format(style)
         last = _number(y[np.isfinite(y)][-1]) + (" %" if curves.percent else "") if curves.last_values else ""
         legend.append(Markup("<li>{}{} <b>{}</b></li>").format(key, name, last))

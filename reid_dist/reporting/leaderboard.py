@@ -127,7 +127,7 @@ def _ours(cell: Cell | None, sign: str, says_count: bool) -> str:
     if cell is None:
         return "-"
     text = " / ".join(_percent(cell.mean.get(m), cell.spread.get(m), sign) for m in SHOWN)
-    return f"{text} (n={cell.count})" if says_count and cell.count > 1 else text
+    return f"{text} (n={cell.count})" if says_count else text
 
 
 def _record(record: Mapping[str, float]) -> str:

@@ -85,7 +85,10 @@ def test_a_row_that_is_not_whole_comes_last_and_the_mode_counts(tmp_path: Path) 
     only = {halted: outcomes[halted]}
     assert best_trial(sweep, planned, only) == ""
     report.main([sweep.uri])
-    assert "5 trials done" in (Path(sweep.uri) / "leaderboard.md").read_text()
+    text = (Path(sweep.uri) / "leaderboard.md").read_text()
+    assert "5 trials done" in text
+    assert "so below the others: comoe lr=0.0001." in text
+    assert re.search(r"^\| comoe lr=0.0001 \|.*\(n=1\) \|$", text, re.M)
 
 
 def test_a_sweep_that_just_began_has_a_page_that_says_so(tmp_path: Path) -> None:
