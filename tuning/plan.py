@@ -12,6 +12,10 @@ from tuning.expand import Expansion, Problem, Trial
 from tuning.state import DONE, STOPPED
 from tuning.sweep import Sweep
 
+NO_RATE = (
+    "unknown: no trial is done yet. Give the hours of one trial (sweep.resources.hours_per_trial=HOURS), or run one first "
+    "(sweep.budget.trials=1; it is kept) and plan again"
+)
 EVERY = "every trial"  # the label of a problem that is the cluster's
 
 
@@ -31,6 +35,7 @@ class Plan:
     concurrent: int = 0
     bundles: list[Bundle] = field(default_factory=list)
     longest: int = 0  # steps of the longest trial
+    others: int = 0  # trials that ended here and are none of these: another setting, or other data or code since
     samples: int = 0  # settings that the searcher has still to choose (optuna)
 
     def place(self) -> None:
@@ -58,6 +63,7 @@ class Plan:
             "shared_runs": len(self.shared),
             "done": ended.count(DONE),
             "stopped_early": ended.count(STOPPED),
+            "of_other_settings_data_or_code": self.others,
             "to_run": len(self.waiting) + self.samples,
             "ruled_out_by_constraints": self.dropped,
             "left_out_by_budget": self.over_budget,
@@ -91,6 +97,7 @@ def make_plan(
             plan.shared.append(trial)
     known = {trial.name for trial in (*plan.shared, *plan.trials)}
     plan.outcomes = {name: outcome for name, outcome in outcomes.items() if name in known}
+    plan.others = len(outcomes) - len(plan.outcomes)
     if sweep.budget.trials is not None:
         plan.over_budget = max(0, len(plan.trials) - sweep.budget.trials)
         plan.trials = plan.trials[: sweep.budget.trials]
@@ -110,7 +117,7 @@ def estimate(plan: Plan, left: int) -> dict[str, Any]:
         return {
             "gpu_hours": None,
             "hours": None,
-            "from": "nothing yet: set resources.hours_per_trial, or let one trial finish",
+            "from": NO_RATE,
         }
     used = sum(o.get("gpu_hours", 0.0) for o in plan.outcomes.values())
     waves = -(-left // max(plan.concurrent, 1))

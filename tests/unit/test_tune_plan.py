@@ -222,6 +222,10 @@ def test_an_extended_file_runs_only_what_is_new(root: Path, tmp_path: Path) -> N
     after = planned([1e-3, 1e-4, 1e-5])
     assert len(after.trials) == 3
     assert before.trials[0].name not in {trial.name for trial in after.waiting}
+    assert after.record()["of_other_settings_data_or_code"] == 0
+    assert (
+        planned([1e-4]).record()["of_other_settings_data_or_code"] == 1
+    )  # the trial of 1e-3 is there, and not of this file
     state.store.write(f"outcomes/{before.trials[0].name}.json", b"{")
     with pytest.raises(UserError, match="cannot be read"):
         planned([1e-3, 1e-4])
