@@ -89,6 +89,8 @@ def dashboard() -> str:
 
 def main(argv: list[str]) -> None:
     """Write the files."""
+    if any(word.startswith("-") for word in argv):
+        raise SystemExit("usage: python -m cluster.render [SETTINGS.yaml [FOLDER]]")
     settings = yaml.safe_load(Path(argv[0] if argv else HERE / "settings.yaml").read_text())
     folder = Path(argv[1]) if len(argv) > 1 else HERE
     for name, text in render(settings).items():

@@ -113,9 +113,14 @@ def list_layouts(words: list[str]) -> dict[str, Any]:
     }
 
 
+def _counted(number: int, what: str) -> str:
+    """1 camera, 1,467 ids."""
+    return f"{number:,} {what.removesuffix('s') if number == 1 else what}"
+
+
 def _shown(layout: Layout) -> list[str]:
     counts = [
-        f"{split}: {', '.join(f'{number:,} {what}' for what, number in numbers.items())}"
+        f"{split}: {', '.join(_counted(number, what) for what, number in numbers.items())}"
         for split, numbers in layout.expected.items()
     ]
     options = [

@@ -32,6 +32,12 @@ def read_features(path: str | Path, protocol: Protocol) -> tuple[Items, np.ndarr
     known = read_columns(path, ["feat", "pid", "split", *_needs(protocol)], f"protocol {protocol.name}")
     feat = known.pop("feat")
     known.pop("id", None)
+    both = int((known["split"] == "test").sum())
+    if protocol.task == "text" and both:
+        raise EvaluationError(
+            f"{path}: protocol {protocol.name} asks with one kind of row and finds another, so split must say query or gallery; "
+            f"{both} rows say test, which is both"
+        )
     return Items(**known), feat
 
 

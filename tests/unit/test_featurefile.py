@@ -72,6 +72,7 @@ def changed(**more):
         ("image", changed(pid=np.arange(60) + 0.5), "column pid has type float64, expected whole numbers"),
         ("image", changed(split=np.full(60, "probe")), r"column split holds \['probe'\]"),
         ("image", changed(modality=np.full(60, "thermal")), r"expected \['rgb', 'ir'\]"),
+        ("text-to-image", changed(split=np.full(60, "test")), "60 rows say test, which is both"),
         ("image", changed(id=np.array(["a", "a", *map(str, range(58))])), "id 'a' comes twice on one side"),
     ],
 )

@@ -292,6 +292,10 @@ def test_check_names_every_lost_frame_and_looks_at_pictures_without_lists(tmp_pa
     problems = problems_of("mars", replace(mars, files=files).write(tmp_path / "lists"))
     assert ["train_name.txt" in p for p in problems] == [True, False]
     assert lost[0] in problems[1]
+    lists = ("info/test_name.txt", "info/query_IDX.mat")
+    without = replace(mars, files={p: d for p, d in mars.files.items() if p not in lists})
+    (problem,) = problems_of("mars", without.write(tmp_path / "few"))
+    assert "info/test_name.txt, info/query_IDX.mat not found" in problem
 
 
 def test_check_of_annotations_and_lists(tmp_path) -> None:

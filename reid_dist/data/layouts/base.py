@@ -118,6 +118,12 @@ class Tree:
             raise DatasetError(f"{self.store.uri}: both {' and '.join(found)} exist; keep one of {wanted}")
         raise DatasetError(f"{self.store.uri}: {wanted} not found; {self._top()}")
 
+    def need(self, *paths: str) -> None:
+        """Raises DatasetError that names every one of `paths` that is not there."""
+        missing = [path for path in paths if path not in self.sizes]
+        if missing:
+            raise DatasetError(f"{self.store.uri}: {', '.join(missing)} not found; {self._top()}")
+
     def claim(self, path: str) -> None:
         """The layout knows what this file is."""
         self.unclaimed.discard(path)

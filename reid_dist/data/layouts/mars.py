@@ -22,10 +22,13 @@ NAME = "mars"
 JUNK = -1
 _BASENAME = re.compile(r"(00-1|\d{4})C([1-6])T(\d{4})F(\d{3,4})(?i:\.jpg)")
 _SIDES = {"train": "bbox_train", "test": "bbox_test"}
+_LISTS = [f"info/{name}" for name in ("train_name.txt", "test_name.txt", "tracks_train_info.mat", "tracks_test_info.mat",
+                                      "query_IDX.mat")]  # fmt: skip
 
 
 def read(tree: Tree) -> list[Record]:
     """Records by table row and frame. Raises DatasetError naming file and row."""
+    tree.need(*_LISTS)
     names = {side: tree.read_lines(f"info/{side}_name.txt") for side in _SIDES}
     tables = {
         side: tree.read_mat(f"info/tracks_{side}_info.mat", f"track_{side}_info").astype(np.int64) for side in _SIDES
