@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ USAGE = """usage: python -m jobs.interact RUN [key=value ...] [--plan]
   checkpoint=best rounds=5 threshold=0.5 weight=0.8 (K, xi, lambda), max_words=60
   model=small    who answers; all options of `jobs.generate` about the model, its engines and its ledger
   data.test=[t]  tables to search, default those of the recipe; queries=N: the first N descriptions only
-  --console      type a description, see the ten best, answer the questions yourself
+  --console      type a description, see the ten best, answer the questions yourself; page=FILE.html shows the pictures
   --plan         count queries and calls, start nothing"""
 
 logger = logging.getLogger("reid_dist.jobs.interact")
@@ -48,6 +47,7 @@ class InteractOptions(ModelOptions):
     weight: float = 0.8
     max_words: int = 60
     queries: int = 0
+    page: str = ""  # of the console: where the pictures are shown; empty: in the system's temporary folder
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def interact(run: str, options: InteractOptions, overrides: list[str], flags: se
     from dataclasses import replace
 
     from jobs._cluster import connect
+    from jobs._console import Console
     from reid_dist.data.store import open_view
     from reid_dist.generation.interaction import Policy
     from reid_dist.training.loaded import load_run
@@ -101,7 +102,7 @@ def interact(run: str, options: InteractOptions, overrides: list[str], flags: se
     if "--plan" in flags:
         return {"plan": facts | {"calls_at_most": len(encoded.texts) * policy.rounds, "ledger": answering.ledger}}
     if "--console" in flags:
-        return console(encoded, whole, policy, answering.speak, options.max_words)
+        return Console(encoded, whole, policy, f"{run}, {loaded.checkpoint}", options.page).run()
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
     started = time.monotonic()
     with connect(math.ceil(options.engines) + 1):
@@ -215,51 +216,6 @@ def metrics(encoded: Encoded, refined: Named, anchors: np.ndarray, weight: float
 
     record = rank_blocks(blocks(), *encoded.labels, encoded.scoring).record()
     return {name: round(float(record[name]), 6) for name in ("rank1", "rank5", "rank10", "mAP", "mINP")}
-
-
-def console(encoded: Encoded, view: Any, policy: Any, speak: Any, max_words: int) -> dict[str, Any]:
-    """Ask on stderr, read answers from stdin, until an empty line or the end of input. The person is the model."""
-    from reid_dist.generation.interaction import blended, place_anchors
-
-    def say(text: str) -> str:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-        return sys.stdin.readline().strip()
-
-    def show(scores: np.ndarray) -> list[int]:
-        best = np.argsort(-scores, kind="stable")[:10].tolist()
-        for place, item in enumerate(best, start=1):
-            sys.stderr.write(f"  {place:2d}  {scores[item]:.3f}  {view.path(int(encoded.gallery_rows[item]))}\n")
-        return [int(item) for item in best]
-
-    sessions = 0
-    while text := say("\ndescription (empty: end)> "):
-        sessions += 1
-        query = encoded.encode([text])
-        nobody = np.array([-1])
-        scores = _scores(encoded, blended(query, query, nobody, policy.weight))[0]
-        for item in show(scores)[: policy.rounds]:
-            answer = say(f"does {view.path(int(encoded.gallery_rows[item]))} show this person? [y/n, empty: stop]> ")
-            if not answer:
-                break
-            if not answer.lower().startswith("y"):
-                continue
-            seen = say("what else do you see on this picture, in sentences> ")
-            merged = " ".join(part for part in (text.rstrip("."), seen) if part)
-            anchor = np.array([item])
-            mixed = blended(query, encoded.encode([merged]), anchor, policy.weight)
-            final = place_anchors(_scores(encoded, mixed), scores[[item]], anchor, policy.weight)[0]
-            sys.stderr.write(f"searching with: {merged}\n")
-            show(final)
-            break
-    return {"descriptions": sessions}
-
-
-def _scores(encoded: Encoded, query: Named) -> np.ndarray:
-    from reid_dist.generation.interaction import unit_rows
-
-    parts = [share * (query[name] @ unit_rows(encoded.gallery[name]).T) for name, share in encoded.shares.items()]
-    return np.asarray(sum(parts))
 
 
 if __name__ == "__main__":

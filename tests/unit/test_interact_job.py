@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.interact import Encoded, console, main, refine
+from jobs._console import Console
+from jobs.interact import Encoded, main, refine
 from reid_dist.errors import UserError
 from reid_dist.evaluation.ranking import Labels, Scoring, rank_features
 from reid_dist.generation.interaction import Policy
@@ -19,6 +20,7 @@ from reid_dist.generation.stages import Answerer, InlineRunner, Job, dialogues
 from reid_dist.generation.supervise import Supervised
 from reid_dist.storage import open_store
 from tests.scripted import ScriptedEngine
+from tests.tables import jpeg
 
 PEOPLE, PER = 12, 2
 SHARES = {"a": 0.5, "b": 0.5}
@@ -93,23 +95,36 @@ def test_weight_one_leaves_all_but_the_anchor(tmp_path: Path) -> None:
     assert record["after"] == record["before"]
 
 
-class FolderNames:
+class Folder:
     def path(self, row: int) -> str:
         return f"{row}.jpg"
 
+    def encoded(self, rows: Any) -> list[bytes]:
+        return [jpeg(int(row)) for row in rows]
 
-def test_the_console_asks_a_person(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    encoded = made_up(noise=0.1)
-    monkeypatch.setattr("sys.stdin", io.StringIO("somebody like person 3 .\nn\ny\nAlso person 5 .\n\n"))
-    record = console(encoded, FolderNames(), Policy(), None, 60)
+
+def test_the_console_asks_a_person(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoded, page = made_up(noise=0.1), tmp_path / "page.html"
+    typed = (
+        "somebody like person 3 .\nn\ny\nAlso person 5 .\nsomebody like person 4.\nyes\n\nsomebody like person 2\n\n\n"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    record = Console(encoded, Folder(), Policy(), "a run", str(page)).run()
     said = capsys.readouterr().err
-    assert record == {"descriptions": 1}
-    first, second = said.split("searching with: somebody like person 3  Also person 5 .")
+    assert record == {"descriptions": 3, "page": str(page)}
+    first, second, third = said.split("searching with: ")
+    assert second.startswith("somebody like person 3. Also person 5 .\n")
+    assert third.startswith("somebody like person 4.\n"), "nothing more was seen"
     shown = [line for line in first.splitlines() if ".jpg" in line and "show this" not in line]
     asked = [line.split("does ")[1].split()[0] for line in first.splitlines() if "show this" in line]
     assert asked == [line.split()[-1] for line in shown[: len(asked)]]
     assert first.count("show this person") == 2
-    assert second.count(".jpg") == 10
+    assert len(shown) == 10
+    text = page.read_text()
+    assert text.count("data:image/jpeg") == 5 * 10, "every ranking with its pictures"
+    assert text.index("person 2") < text.index("person 4") < text.index("Also person 5"), "the newest first"
 
 
 def test_words_are_checked() -> None:
