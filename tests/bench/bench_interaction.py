@@ -1,5 +1,6 @@
 """What the small model's answers bring: interaction with trained text runs, and its captions in training. Each as it comes out.
 
+python -m tests.bench.bench_interaction                both, with their defaults
 python -m tests.bench.bench_interaction rounds [key=value ...]
     three methods on the synthetic world, each seed trained in this process: R1 before and after every round with the small
     model behind vLLM (`jobs.interact`), and with the truth in its place as upper bound; calls against the released loop.
@@ -170,7 +171,8 @@ def main(words: list[str]) -> None:
     from reid_dist.methods.command import words_and_options
 
     plain, options = words_and_options(words)
-    {"rounds": rounds, "captions": captions}[plain[0]](**options)
+    for part in plain or ("rounds", "captions"):
+        {"rounds": rounds, "captions": captions}[part](**options)
 
 
 if __name__ == "__main__":
