@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -119,16 +119,19 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class InlineRunner:
-    """In this process, one shard after another."""
+    """In this process, one shard after another. `drive` runs a coroutine to its end: a loop's own `run_until_complete` for an
+    engine that lives longer than a shard.
+    """
 
     answerer: Answerer
     parallel: int = 64
+    drive: Callable[[Coroutine[Any, Any, list[Record]]], list[Record]] = asyncio.run
 
     def run(self, ledger: Ledger, stage: Stage, shards: Sequence[list[Unit]]) -> Iterator[ShardDone]:
         """As Runner says."""
         for shard in shards:
             began = time.time()
-            records = asyncio.run(
+            records = self.drive(
                 work_shard(ledger, stage, shard, lambda unit: self.answerer(stage.name, unit), self.parallel)
             )
             yield ShardDone([Outline.of(record) for record in records], "here", began, time.time())

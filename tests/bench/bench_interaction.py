@@ -3,7 +3,7 @@
 python -m tests.bench.bench_interaction                both, with their defaults
 python -m tests.bench.bench_interaction rounds [key=value ...]
     three methods on the synthetic world, each seed trained in this process: R1 before and after every round with the small
-    model behind vLLM (`jobs.interact`), and with the truth in its place as upper bound; calls against the released loop.
+    model behind vLLM, and with the truth in its place as upper bound; calls against the released loop.
     seeds=[1,2,3] only=NAME steps=150 out=FOLDER (keeps tables and runs; what is there is not trained again)
 python -m tests.bench.bench_interaction captions [key=value ...]
     ICL fine-tuned with and without captions that `jobs.generate rda` makes with the small model, equal steps and start.
@@ -12,15 +12,22 @@ python -m tests.bench.bench_interaction captions [key=value ...]
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jobs._cluster import connect
+from jobs._generation import prepare
+from jobs.demo import make_data
+from jobs.interact import InteractOptions, encode, refine
 from reid_dist import methods
 from reid_dist.config import to_mapping
 from reid_dist.data.store import open_view
@@ -28,6 +35,8 @@ from reid_dist.data.synthetic import World, world_for
 from reid_dist.data.synthetic.identity import ATTRIBUTES, Attributes
 from reid_dist.data.synthetic.oracle import shows
 from reid_dist.data.synthetic.shots import text_shots
+from reid_dist.evaluation.neighbours import nearest
+from reid_dist.generation.engine import VllmEngine
 from reid_dist.generation.interaction import Policy
 from reid_dist.generation.ledger import Ledger, Maker
 from reid_dist.generation.messages import Outcome, Request
@@ -36,6 +45,7 @@ from reid_dist.generation.supervise import Supervised
 from reid_dist.generation.tiny.questions import MATCH, attribute_answer, attribute_question
 from reid_dist.runs import Run, identity_of
 from reid_dist.storage import open_store
+from reid_dist.training.loaded import load_run
 from reid_dist.training.worker import open_data
 from tests.bench import bench_icl
 from tests.bench.bench_generation import TABLE, run_job
@@ -98,54 +108,62 @@ def trained(root: Path, name: str, seed: int, steps: int) -> str:
     return str(built.uri)
 
 
+@contextlib.contextmanager
+def asked_model(root: Path, view: Any) -> Iterator[Job]:
+    """A job over the small model behind one vLLM engine, which stays up while run after run asks."""
+    answering = prepare(InteractOptions(root=str(root)), (TABLE,))
+    loop = asyncio.new_event_loop()
+    ask = Supervised(lambda: VllmEngine(answering.engine), 300, queue=8 * answering.engine.parallel)
+    work = Answerer(answering.speak, ask, lambda row: view.encoded([row])[0])
+    runner = InlineRunner(work, 8 * answering.engine.parallel, loop.run_until_complete)
+    try:
+        yield Job(
+            Ledger(open_store(answering.ledger)).take(), answering.maker, answering.speak, runner, InlineRunner(work)
+        )
+    finally:
+        loop.run_until_complete(ask.close())
+        loop.close()
+
+
 def rounds(seeds: tuple[int, ...] = (1, 2, 3), only: str = "", steps: int = 150, out: str = "") -> None:
     """Every method and seed."""
-    from jobs._cluster import connect
-    from jobs.demo import make_data
-
     with tempfile.TemporaryDirectory() as folder:
         root = Path(out or folder)
         if not (root / "tables").exists():
             with connect():
                 make_data(str(root), TABLE)
-        world, found = world_for("cuhk-pedes"), {}
-        for name in METHODS:
-            if only in name:
-                found[name] = [interaction(root, world, name, seed, steps) for seed in seeds]
-    for name, lines in found.items():
-        print(f"{name}: R1 " + "; ".join(
-            f"{what} {np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-            for what, values in ((what, [line[what] for line in lines]) for what in lines[0])
-        ))  # fmt: skip
+        names = [name for name in METHODS if only in name]
+        runs = {(name, seed): trained(root, name, seed, steps) for seed in seeds for name in names}
+        loaded = load_run(next(iter(runs.values())), "last")
+        view = open_view(loaded.recipe.data, loaded.recipe.data.test)
+        with asked_model(root, view) as job:
+            truth = oracle_job(world_for("cuhk-pedes"), view, root / "oracle")
+            found = {run: interaction(uri, view, job, truth, *run) for run, uri in runs.items()}
+    for name in names:
+        lines = [found[name, seed] for seed in seeds]
+        means = {what: [line[what] for line in lines] for what in lines[0]}
+        said = [
+            f"{what} {np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" for what, values in means.items()
+        ]
+        print(f"{name}: R1 {'; '.join(said)}")
 
 
-def interaction(root: Path, world: World, name: str, seed: int, steps: int) -> dict[str, float]:
+def interaction(uri: str, view: Any, model: Job, truth: Job, name: str, seed: int) -> dict[str, float]:
     """R1 of one run before and after, with the model and with the truth."""
-    from jobs.interact import encode, refine
-    from reid_dist.evaluation.neighbours import nearest
-    from reid_dist.training.loaded import load_run
-
-    uri = trained(root, name, seed, steps)
-    loaded = load_run(uri, "last")
-    view = open_view(loaded.recipe.data, loaded.recipe.data.test)
-    encoded = encode(loaded, view)
+    encoded = encode(load_run(uri, "last"), view)
     # Similarities are on another scale in every run: half of the queries count as sure of their first candidate.
     best = nearest(encoded.query, encoded.gallery, 1, weights=encoded.shares).score[:, 0]
-    threshold = round(float(np.median(best)), 4)
-    model = run_job("jobs.interact", uri, "checkpoint=last", f"threshold={threshold}")
-    truth = refine(encoded, oracle_job(world, view, root / "oracle" / f"{name}-{seed}"), Policy(5, threshold), 60)
-    for who, record in (("small model", model), ("oracle", truth)):
+    policy = Policy(5, float(np.median(best)))
+    records = {"small model": refine(encoded, model, policy, 60), "oracle": refine(encoded, truth, policy, 60)}
+    for who, record in records.items():
         after = ", ".join(f"{one['rank1']:.3f}" for one in record["rounds"])
         print(
             f"{name}, seed {seed}, {who}: R1 {record['before']['rank1']:.3f}, after rounds {after}; mAP "
             f"{record['before']['mAP']:.3f} -> {record['after']['mAP']:.3f}; {record['accepted']} anchors, right "
             f"{record['anchors_right']}; asked {record['asked']} of {record['asked_by_released_loop']}", flush=True,
         )  # fmt: skip
-    return {
-        "before": model["before"]["rank1"],
-        "small model": model["after"]["rank1"],
-        "oracle": truth["after"]["rank1"],
-    }
+    before = records["oracle"]["before"]["rank1"]
+    return {"before": before} | {who: record["after"]["rank1"] for who, record in records.items()}
 
 
 def captions(
