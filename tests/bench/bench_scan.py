@@ -116,9 +116,12 @@ class Peak:
 
 def measure(engine: str, length: int, only_memory: bool) -> dict[str, Any]:
     """Seconds and bytes of one engine in this process."""
+    from reid_dist.models.mamba.scan_cpu import forget_buffers
+
     torch.set_num_threads(1)
     function: Callable[..., Tensor] = globals()[engine]
     function(*inputs(8)).backward(torch.ones(BATCH, WIDTH, 8))  # imports (torch fetches sympy here), buffers
+    forget_buffers()  # so that they count
     leaves, grad = inputs(length), torch.ones(BATCH, WIDTH, length)
     for leaf in leaves:
         leaf.grad = torch.zeros_like(leaf)

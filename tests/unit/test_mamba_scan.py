@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reid_dist.models.mamba import scan as scan_module
 from reid_dist.models.mamba import scan_cut, selective_scan
+from reid_dist.models.mamba.scan_cpu import forget_buffers
 from tests.golden import cases, load
 from tests.unit.mamba_names import close, tensor
 
@@ -148,6 +149,27 @@ def test_nan_poisons_its_channel_from_its_step_on() -> None:
     out, _ = selective_scan(**inputs)
     assert out[0, :, 5:].isnan().all()
     assert out[0, :, :5].isfinite().all()
+
+
+def test_what_stays_for_the_next_scan_changes_nothing() -> None:
+    """Buffers of one scan serve the next of the same size, also after NaN and after inference; others get their own."""
+    inputs, other = make(2, 6, 4, 21, seed=1), make(3, 5, 4, 40, seed=2)
+
+    def results(given: dict[str, Tensor]) -> list[Tensor]:
+        out, last, grads = run(selective_scan, given, torch.ones_like(given["u"]), delta_softplus=True)
+        return [out, last, *grads.values()]
+
+    first, second = results(inputs), results(other)
+    wrong = {name: torch.full_like(value, torch.nan) for name, value in inputs.items()}
+    with torch.inference_mode():
+        selective_scan(**wrong, delta_softplus=True)
+    results(wrong)
+    for given, before in ((inputs, first), (other, second), (inputs, first)):
+        torch.testing.assert_close(results(given), before, rtol=0, atol=0)
+    forget_buffers()
+    with torch.inference_mode():
+        selective_scan(**inputs, delta_softplus=True)
+    torch.testing.assert_close(results(inputs), first, rtol=0, atol=0)
 
 
 def test_memory_holds_few_states() -> None:

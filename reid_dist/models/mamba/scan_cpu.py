@@ -17,8 +17,8 @@ the others from there, and takes the three steps, right to left, on the adjoint:
 
 Exponents are never positive, so nothing overflows whatever the step sizes are. Some rows of the batch and a range of
 channels (a strip) are worked on at a time, as many as fill a buffer; softplus, skip and gate are done strip by strip, too,
-and a strip's segments share three buffers. Beyond inputs, outputs and their gradients, memory is the kept states, what
-entered the gate, these buffers and a dozen arrays of one strip.
+and all strips share three buffers, which stay for the next scan. Beyond inputs, outputs and their gradients, memory is
+the kept states, what entered the gate, these buffers and a dozen arrays of one strip.
 
 Shapes: b batch, d channels, n states, l length, t tokens of a segment, r rows and w channels of a strip. Inside a segment
 arrays are [t, r, n, w]: channels last, since torch vectorises the last axis and step sizes differ by channel.
@@ -27,6 +27,7 @@ arrays are [t, r, n, w]: channels last, since torch vectorises the last axis and
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,7 @@ class _Mixing:
         if self.constant:
             total += (x * g).sum(0)
         else:
-            total[number].flatten(0, 1).unsqueeze(-1).baddbmm_(x, g.mT)
+            total[number].flatten(0, 1).unsqueeze(1).baddbmm_(g, x.mT)  # twice as fast as x g
 
 
 class _Room:
@@ -83,7 +84,7 @@ class _Room:
     """
 
     def __init__(self, cut: Cut, lanes: tuple[int, ...], like: Tensor, backward: bool) -> None:
-        self.cut, self.lanes = cut, lanes  # (r, n, w)
+        self.cut, self.lanes, self.backward = cut, lanes, backward  # lanes: (r, n, w)
         self.a = like.new_empty(cut.segment, *lanes)
         self.h = like.new_empty(cut.segment + 1, *lanes)
         self.h_in, self.h_out = self.h[:-1], self.h[1:]
@@ -104,6 +105,11 @@ class _Room:
             self.even, self.odd = ([(h[i::2], a[i::2]) for h, a in steps] for i in (0, 1))
             self.rates = like.new_empty(1, lanes[1] * lanes[2])
             self.ones = like.new_ones(1, cut.segment * lanes[0])  # a product adds rows faster than sum does
+
+    def serves(self, cut: Cut, lanes: tuple[int, ...], like: Tensor, backward: bool) -> bool:
+        """Whether a strip of these sizes, in the type and place of `like`, can be worked on here."""
+        same = (self.cut.chunk, self.cut.chunks, self.lanes) == (cut.chunk, cut.chunks, lanes)
+        return same and (self.a.dtype, self.a.device) == (like.dtype, like.device) and self.backward >= backward
 
     def prepare(self, s: Tensor, x: Tensor, rate: Tensor, B: Tensor) -> None:
         """Fill a, and h with what each token adds: s, x = s * u [t, r, 1, w], rate = A log2(e) [n, w], B [t, r, n, 1]."""
@@ -193,7 +199,6 @@ class _Strip:
 
     def __init__(self, given: _Inputs, rows: slice, span: slice) -> None:
         self.given, self.rows, self.span, cut = given, rows, span, given.cut
-        self.lanes = (rows.stop - rows.start, given.A.shape[1], span.stop - span.start)
         self.u = self.part(given.u)
         self.s = F.softplus(self.raw()) if given.softplus else self.raw()
         self.laid_s, self.laid_x = (cut.lay(m) for m in (self.s, self.s * self.u))
@@ -216,15 +221,10 @@ class _Strip:
         """[b, d, l] -> [r, w, l] of this strip, in the type that is computed in."""
         return whole[self.rows, self.span].to(self.given.A.dtype)
 
-    def release(self) -> Tensor:
-        """Let go of what the segments are; returns what stands in the place of s."""
-        laid = self.laid_s
-        del self.laid_s, self.laid_x, self.segments
-        return laid
-
-    def outputs(self, room: _Room, entering: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(C . h + D u [r, w, l], last state [r, n, w]); fills entering [segments, ., r, n, w], the kept states."""
-        laid = torch.empty_like(self.laid_x)
+    def outputs(self, room: _Room, entering: Tensor | None, out: Tensor) -> Tensor:
+        """Fill out [r, w, l] with C . h + D u, and entering [segments, ., r, n, w], the kept states; returns the last
+        state [r, n, w]."""
+        laid = self.laid_x  # y takes the place of x
         room.h[-1] = 0
         for i, y in enumerate(laid.unbind(0)):
             room.h[0].copy_(room.h[-1])
@@ -235,19 +235,41 @@ class _Strip:
                 entering[i] = room.kept
             room.seed()
             self.C.over_states(i, room.flat_h, y)
-        y = self.given.cut.plain(laid)
-        return y if self.given.D is None else y.addcmul_(self.u, self.given.D[self.span, None]), room.h[-1]
+        self.given.cut.plain(laid, out)
+        if self.given.D is not None:
+            out.addcmul_(self.u, self.given.D[self.span, None])
+        return room.h[-1]
+
+
+class _Kept(threading.local):
+    """The room that this thread used last, for its next scan of the same size: memory that the allocator gave back to the
+    system between two scans would be faulted in again, page by page, which takes a twentieth of their time."""
+
+    room: _Room | None = None
+
+    def get(self, cut: Cut, lanes: tuple[int, ...], like: Tensor, backward: bool) -> _Room:
+        room = self.room
+        if room is None or not room.serves(cut, lanes, like, backward):
+            self.room = None  # its memory first
+            with torch.inference_mode(False):  # outside of that mode nothing may write into what is made inside
+                self.room = room = _Room(cut, lanes, like, backward)
+        return room
+
+
+_kept = _Kept()
+
+
+def forget_buffers() -> None:
+    """Give back the memory that this thread keeps for its next scan of the same size."""
+    _kept.room = None
 
 
 def _strips(given: _Inputs, backward: bool) -> Iterator[tuple[_Room, _Strip]]:
     """All strips, with the buffers that those of one size share."""
     for span in given.cut.spans:
-        room: _Room | None = None
         for rows in given.cut.rows:
-            strip = _Strip(given, rows, span)
-            if room is None or room.lanes != strip.lanes:
-                room = _Room(given.cut, strip.lanes, given.A, backward)
-            yield room, strip
+            lanes = (rows.stop - rows.start, given.A.shape[1], span.stop - span.start)
+            yield _kept.get(given.cut, lanes, given.A, backward), _Strip(given, rows, span)
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -265,23 +287,21 @@ class SelectiveScan(torch.autograd.Function):
         (batch, channels, length), states = u.shape, A.shape[1]
         cut = cut_scan(batch, length, channels, states, A.element_size())
         given = _Inputs(cut, u, delta, A, B, C, D, z, bias, softplus)
-        out, last = torch.empty(u.shape, dtype=u.dtype, device=u.device), A.new_empty(batch, *A.shape)
+        out, last = A.new_empty(u.shape), A.new_empty(batch, *A.shape)
         keep = any(ctx.needs_input_grad)
         entering = A.new_empty(cut.segments, (cut.chunks + 1) // 2, batch if keep else 0, states, channels)
         ungated = A.new_empty(batch if keep and z is not None else 0, channels, length)
         for room, strip in _strips(given, backward=False):
             rows, span = strip.rows, strip.span
-            y, state = strip.outputs(room, entering[:, :, rows, :, span] if keep else None)
-            last[rows, span] = state.mT
+            y = (ungated if len(ungated) else out)[rows, span]
+            last[rows, span] = strip.outputs(room, entering[:, :, rows, :, span] if keep else None, y).mT
             if z is not None:
-                if keep:
-                    ungated[rows, span] = y
-                y.mul_(F.silu(strip.part(z)))
-            out[rows, span] = y
+                torch.mul(y, F.silu(strip.part(z)), out=out[rows, span])
+            del strip  # before the next one is made
         ctx.save_for_backward(u, delta, A, B, C, D, z, bias, entering, ungated)
         ctx.cut, ctx.softplus = cut, softplus
         ctx.mark_non_differentiable(last)
-        return out, last
+        return out.to(u.dtype), last
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -292,19 +312,26 @@ class SelectiveScan(torch.autograd.Function):
             rows, span = strip.rows, strip.span
             y = None if given.z is None else ungated[rows, span]
             result.add(room, strip, grads[0], entering[:, :, rows, :, span], y)
-        return result.u, result.delta, result.A, result.B, result.C, result.D, result.z, result.bias, None
+            del strip  # before the next one is made
+        return *result.typed(), None
 
 
 class _Gradients:
-    """Gradients of all inputs, filled strip by strip."""
+    """Gradients of all inputs, filled strip by strip, in the type that is computed in."""
 
     def __init__(self, given: _Inputs) -> None:
         self.given = given
-        self.u, self.delta = (torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in (given.u, given.delta))
+        self.u, self.delta = (given.A.new_empty(m.shape) for m in (given.u, given.delta))
         self.z = None if given.z is None else torch.empty_like(self.u)
         self.A, self.B, self.C = torch.zeros_like(given.A), torch.zeros_like(given.B), torch.zeros_like(given.C)
         self.D = None if given.D is None else torch.zeros_like(given.D)
         self.bias = None if given.bias is None else torch.zeros_like(given.bias)
+
+    def typed(self) -> tuple[Tensor | None, ...]:
+        """In the inputs' order and types."""
+        names = ("u", "delta", "A", "B", "C", "D", "z", "bias")
+        pairs = ((getattr(self, name), getattr(self.given, name)) for name in names)
+        return tuple(None if grad is None else grad.to(value.dtype) for grad, value in pairs)
 
     def add(self, room: _Room, strip: _Strip, grad: Tensor, entering: Tensor, y: Tensor | None) -> None:
         """One strip. entering [segments, ., r, n, w]: the kept states; y [r, w, l]: what entered the gate."""
@@ -312,25 +339,24 @@ class _Gradients:
         g = strip.part(grad)
         if y is not None and given.z is not None and self.z is not None:
             z = strip.part(given.z)
-            self.z[rows, span] = torch.ops.aten.silu_backward(g * y, z)
+            torch.ops.aten.silu_backward.grad_input(g * y, z, grad_input=self.z[rows, span])
             g = F.silu(z).mul_(g)
-        dx, ds = self._scanned(room, strip, entering, given.cut.lay(g))
+        dx, ds = self.u[rows, span], self.delta[rows, span]
+        self._scanned(room, strip, entering, given.cut.lay(g), dx, ds)
         ds.addcmul_(strip.u, dx)
         if given.softplus:
             torch.ops.aten.softplus_backward.grad_input(ds, strip.raw(), 1, THRESHOLD, grad_input=ds)
-        self.delta[rows, span] = ds
         if self.bias is not None:
             self.bias[span] += ds.sum((0, 2))
         dx.mul_(strip.s)
         if given.D is not None and self.D is not None:
             dx.addcmul_(g, given.D[span, None])
             self.D[span] += (g * strip.u).sum((0, 2))
-        self.u[rows, span] = dx
 
-    def _scanned(self, room: _Room, strip: _Strip, entering: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of x = s u, and of s through the decays, [r, w, l] of a strip; adds to those of A, B, C.
+    def _scanned(self, room: _Room, strip: _Strip, entering: Tensor, g: Tensor, dx: Tensor, ds: Tensor) -> None:
+        """Fill dx, ds [r, w, l], the gradients of x = s u, and of s through the decays; add to those of A, B, C.
         entering as in `add`; g [segments, t, r, w], which is used up as are the strip's laid arrays."""
-        cut, back = self.given.cut, g.new_zeros(strip.lanes)
+        cut, back = self.given.cut, g.new_zeros(room.lanes)
         dB, dC = torch.zeros_like(strip.B.laid), torch.zeros_like(strip.C.laid)
         room.rates.zero_()
         for i in range(cut.segments - 1, -1, -1):
@@ -348,8 +374,9 @@ class _Gradients:
             if mixing.constant:
                 total[strip.span] += part.T
             else:
-                total[strip.rows] += cut.plain(part)
-        return cut.plain(g), cut.plain(strip.release())
+                total[strip.rows] += cut.plain(part, torch.empty_like(total[strip.rows]))
+        cut.plain(g, dx)
+        cut.plain(strip.laid_s, ds)
 
 
 def scan(

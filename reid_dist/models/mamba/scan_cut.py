@@ -36,16 +36,16 @@ class Cut:
         padded = x.new_empty(len(x), self.segments * self.segment, x.shape[1])
         for target, source in zip(padded, x, strict=True):  # torch transposes matrices fast, and nothing else
             target[: self.length] = source.T
-        padded[:, self.length :] = 0
+        if self.length < padded.shape[1]:
+            padded[:, self.length :] = 0
         return padded.transpose(0, 1).contiguous().unflatten(0, (self.segments, self.segment))
 
-    def plain(self, laid: Tensor) -> Tensor:
-        """The inverse of `lay`."""
+    def plain(self, laid: Tensor, out: Tensor) -> Tensor:
+        """The inverse of `lay`, into `out` [r, f, l]."""
         padded = laid.flatten(0, 1).transpose(0, 1).contiguous()
-        x = laid.new_empty(len(padded), padded.shape[2], self.length)
-        for target, source in zip(x, padded, strict=True):
+        for target, source in zip(out, padded, strict=True):
             target.copy_(source[: self.length].T)
-        return x
+        return out
 
     def chunked(self, x: Tensor) -> Tensor:
         """View [K, Q, ...] of a segment [t, ...]."""
