@@ -17,6 +17,7 @@ from reid_dist.training.context import to_device
 from reid_dist.training.loaded import LoadedModel
 
 logger = logging.getLogger(__name__)
+SAY_EVERY_S = 30.0
 
 
 def encode_side(loaded: LoadedModel, view: TableView, side: EvalSide) -> dict[str, Tensor]:
@@ -30,13 +31,17 @@ def encode_side(loaded: LoadedModel, view: TableView, side: EvalSide) -> dict[st
     began = time.monotonic()
     with ThreadPoolExecutor(max_workers=recipe.data.loader_threads) as pool, torch.inference_mode():
         waiting = [pool.submit(eval_batch, recipe.model, view, side, index) for index in pieces[:ahead]]
-        # disable=None: a bar in a terminal, none in a log
-        for number in tqdm(range(len(pieces)), desc=f"encode {side.kind}s", unit="batch", disable=None):
+        # disable=None: a bar in a terminal; in a log a line now and then
+        bar, said = tqdm(range(len(pieces)), desc=f"encode {side.kind}s", unit="batch", disable=None), began
+        for number in bar:
             batch = waiting.pop(0).result()
             if number + ahead < len(pieces):
                 upcoming = pieces[number + ahead]
                 waiting.append(pool.submit(eval_batch, recipe.model, view, side, upcoming))
             out = encode(loaded.model, to_device(batch, loaded.device))
             outputs.append({name: value.float().cpu() for name, value in out.items()})
+            if bar.disable and time.monotonic() - said > SAY_EVERY_S:
+                said = time.monotonic()
+                logger.info("encode %ss: %d of %d batches", side.kind, number + 1, len(pieces))
     logger.info("encoded %d %ss in %.1f s", len(side.rows), side.kind, time.monotonic() - began)
     return {name: torch.cat([out[name] for out in outputs]) for name in outputs[0]}
