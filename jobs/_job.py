@@ -21,6 +21,7 @@ from reid_dist.errors import RunError, UserError
 from reid_dist.runs.redact import redact
 
 logger = logging.getLogger("reid_dist.jobs")
+OURS = ("reid_dist", "jobs", "tuning")
 
 
 class Terminated(RunError):
@@ -53,7 +54,10 @@ def set_up_logging() -> None:
     """One line per event on stderr; REID_LOG sets the level."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
-    logging.basicConfig(level=os.environ.get("REID_LOG", "INFO").upper(), handlers=[handler])
+    level = os.environ.get("REID_LOG", "INFO").upper()
+    logging.basicConfig(level=level, handlers=[handler])
+    for ours in OURS:  # a private Ray cluster lifts the root's level (jobs/_cluster.py), and a sweep would run in silence
+        logging.getLogger(ours).setLevel(level)
     for noisy in ("botocore", "boto3", "urllib3", "s3transfer", "filelock", "matplotlib", "PIL", "fsspec", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +240,18 @@ def test_the_log_says_where_every_trial_is(tmp_path: Path) -> None:
     ledger.on_trial_complete(0, [], running["c"])
     labels = [trial.label for trial in trials]
     assert books.status() == f"1 ended in this job, 2 running: {labels[0]} starts, {labels[1]} past step 94"
+
+
+def test_a_private_cluster_does_not_silence_a_sweep() -> None:
+    """ray.init applies this configuration in the driver (jobs/_cluster.py); plan and trials are said after it."""
+    lines = """
+import logging, ray
+from jobs._job import set_up_logging
+set_up_logging()
+ray.LoggingConfig(log_level="ERROR")._apply()
+logging.getLogger("tuning.feed").info("trial one")
+logging.getLogger("reid_dist.jobs.tune").info("plan: trials = 8")
+logging.getLogger("another").info("not ours")
+"""
+    said = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True).stderr
+    assert [line.partition(": ")[2] for line in said.splitlines()] == ["trial one", "plan: trials = 8"]
