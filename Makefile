@@ -27,6 +27,7 @@ bench: env
 
 chaos: env
 	@$(PYTHON) -m tests.chaos
+	@$(PYTHON) -m pytest -q tests/chaos
 
 clean:
 	rm -rf work
