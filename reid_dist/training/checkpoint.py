@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from reid_dist.errors import RunError
+from reid_dist.runs.scratch import Scratch
 from reid_dist.storage import CorruptionError, StorageError
 from reid_dist.storage.publish import committed, fetch, orphans, publish_folder, unpublish
 from reid_dist.training.deepspeed import EngineState, whole_parameters
@@ -116,8 +116,8 @@ class Writer:
 
     def _publish(self, snapshot: Snapshot) -> None:
         name = folder_name(snapshot.progress.step)
-        with tempfile.TemporaryDirectory(prefix="reid-checkpoint-") as folder:
-            write_folder(Path(folder), snapshot)
+        with Scratch("checkpoint") as folder:
+            write_folder(folder, snapshot)
             facts = {"attempt": self.run.attempt}
             manifest = publish_folder(self.run.store, name, folder, facts=facts, guard=self.run.check_fence)
         self.run.note_checkpoint(name, snapshot.progress.step, snapshot.progress.metrics, manifest.size)
@@ -179,9 +179,9 @@ def newest(run: Run) -> Snapshot | None:
 
 def read(run: Run, name: str) -> Snapshot:
     """One checkpoint, verified. Raises CorruptionError."""
-    with tempfile.TemporaryDirectory(prefix="reid-checkpoint-") as folder:
+    with Scratch("checkpoint") as folder:
         fetch(run.store, name, folder)
-        return read_folder(Path(folder))
+        return read_folder(folder)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

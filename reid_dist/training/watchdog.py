@@ -23,11 +23,12 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from reid_dist.runs.scratch import Scratch
 
 if TYPE_CHECKING:
     from reid_dist.runs import Run
@@ -48,8 +49,8 @@ def watched(run: Run, rank: int, start: int, limit_s: float) -> Iterator[Callabl
     if limit_s <= 0:
         yield lambda step: None
         return
-    with tempfile.TemporaryDirectory(prefix="reid-stacks-") as folder:
-        path = Path(folder) / "stacks"
+    with Scratch("stacks") as folder:
+        path = folder / "stacks"
         with path.open("wb") as stacks:
             faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True, chain=False)
             words = [str(os.getpid()), str(path), run.uri, str(run.attempt), str(rank), str(start), str(limit_s)]
@@ -122,10 +123,13 @@ def _stacks(pid: int, path: Path) -> str:
     except ProcessLookupError:
         return text + "it is gone\n"
     deadline, size = time.monotonic() + DUMP_S, -1
-    while time.monotonic() < deadline and (size <= 0 or path.stat().st_size != size):
-        size = path.stat().st_size
-        time.sleep(0.2)
-    return text + (path.read_text(errors="replace") or f"no stack was written within {DUMP_S:.0f} s\n")
+    try:
+        while time.monotonic() < deadline and (size <= 0 or path.stat().st_size != size):
+            size = path.stat().st_size
+            time.sleep(0.2)
+        return text + (path.read_text(errors="replace") or f"no stack was written within {DUMP_S:.0f} s\n")
+    except FileNotFoundError:  # it died meanwhile, and another process removed its folder
+        return text + "it is gone\n"
 
 
 def _state(pid: int) -> str:
