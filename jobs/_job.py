@@ -56,7 +56,8 @@ def set_up_logging() -> None:
     handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
     level = os.environ.get("REID_LOG", "INFO").upper()
     logging.basicConfig(level=level, handlers=[handler])
-    for ours in OURS:  # a private Ray cluster lifts the root's level (jobs/_cluster.py), and a sweep would run in silence
+    # A private Ray cluster lifts the root's level (jobs/_cluster.py): without levels of their own these would fall silent.
+    for ours in OURS:
         logging.getLogger(ours).setLevel(level)
     for noisy in ("botocore", "boto3", "urllib3", "s3transfer", "filelock", "matplotlib", "PIL", "fsspec", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
