@@ -25,7 +25,9 @@ from tests.climb_frames import ONE_FRAME
 from tests.learning import learn, scores
 
 RECIPE, PROTOCOL = "climb/synthetic_video", "video"
-WORLD: dict[str, Any] = {"num_train": 240, "num_test": 40, "num_distractors": 0, "twins": 0.5, "half_hidden": 0.7}
+WORLD: dict[str, Any] = {
+    "num_train": 240, "num_test": 40, "num_distractors": 0, "difficulty": "mild", "twins": 0.5, "half_hidden": 0.7,
+}  # fmt: skip
 STEPS = 360
 
 
