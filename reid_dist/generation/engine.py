@@ -103,11 +103,14 @@ class VllmEngine:
         logger.info("vLLM has loaded %s in %.0f s", c.path, time.monotonic() - started)
 
     async def _warm_up(self) -> None:
-        """One question, so that what vLLM prepares at the first is done. Raises UserError when nothing can be asked at all."""
+        """One question, so that what vLLM prepares at the first is done. Raises UserError when nothing can be asked at all,
+        TimeoutError when it is not answered within `stall_s`.
+        """
         stream = io.BytesIO()
         Image.new("RGB", (56, 56)).save(stream, "PNG")
         try:
-            await self.generate(Request("?", Sampling(1), stream.getvalue()))
+            async with asyncio.timeout(self.config.stall_s):
+                await self.generate(Request("?", Sampling(1), stream.getvalue()))
         except BadInput as error:
             raise UserError(f"{self.config.path} answers no question: {_one_line(error)}") from None
 

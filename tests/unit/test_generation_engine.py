@@ -91,3 +91,10 @@ def test_an_engine_that_can_answer_nothing_does_not_start(monkeypatch: pytest.Mo
         asyncio.run(made._warm_up())
     assert len(asked) == 1
     assert asked[0].image
+
+
+def test_an_engine_that_stalls_at_its_first_question_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = VllmEngine(EngineConfig(path="model", stall_s=0.05))
+    monkeypatch.setattr(made, "generate", lambda request: asyncio.sleep(60))
+    with pytest.raises(TimeoutError):
+        asyncio.run(made._warm_up())
