@@ -1,20 +1,15 @@
-"""What the small model's answers bring: interaction with trained text runs, and its captions in training. Each as it comes out.
+"""What interaction brings to trained text runs. As it comes out.
 
-python -m tests.bench.bench_interaction                both, with their defaults
-python -m tests.bench.bench_interaction rounds [key=value ...]
+python -m tests.bench.bench_interaction [key=value ...]
     three methods on the synthetic world, each seed trained in this process: R1 before and after every round with the small
     model behind vLLM, and with the truth in its place as upper bound; calls against the released loop.
     seeds=[1,2,3] only=NAME steps=150 out=FOLDER (keeps tables and runs; what is there is not trained again)
-python -m tests.bench.bench_interaction captions [key=value ...]
-    ICL fine-tuned with and without captions that `jobs.generate rda` makes with the small model, equal steps and start.
-    seeds=[2,3,4] epochs=6 people=100 warm=FILE (bench_icl's start weights, kept there)
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import sys
 import tempfile
@@ -47,8 +42,7 @@ from reid_dist.runs import Run, identity_of
 from reid_dist.storage import open_store
 from reid_dist.training.loaded import load_run
 from reid_dist.training.worker import open_data
-from tests.bench import bench_icl
-from tests.bench.bench_generation import TABLE, run_job
+from tests.bench.bench_generation import TABLE
 from tests.dist.cells import train_recipe
 from tests.scripted import ScriptedEngine
 
@@ -166,31 +160,13 @@ def interaction(uri: str, view: Any, model: Job, truth: Job, name: str, seed: in
     return {"before": before} | {who: record["after"]["rank1"] for who, record in records.items()}
 
 
-def captions(
-    seeds: tuple[int, ...] = (2, 3, 4), epochs: int = 6, people: int = 100, warm: str = "", warm_people: int = 300,
-    warm_epochs: int = 6,
-) -> None:  # fmt: skip
-    """Test scores with and without, per seed."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        start = bench_icl.start_weights(place, warm, warm_people, warm_epochs)
-        for seed in seeds:
-            root = bench_icl.world(place, seed, people)
-            made = run_job("jobs.generate", "rda", TABLE, f"root={root}", "name=made")
-            for name, groups in (("captions alone", "[]"), ("and the small model's", "[made]")):
-                words = [*bench_icl.SIZES, *bench_icl.FINE_TUNE, f"training.epochs={epochs}", "model.consensus=false"]
-                run = bench_icl.fit(root, seed, [*words, f"model.groups={groups}"], start)
-                line = {"seed": seed, "run": name, "mAP before": run["before"], **run["scores"], "steps": run["steps"]}
-                print(json.dumps(line), flush=True)
-            print(json.dumps({key: made[key] for key in ("captions", "calls", "sentences_per_caption")}), flush=True)
-
-
 def main(words: list[str]) -> None:
     from reid_dist.methods.command import words_and_options
 
     plain, options = words_and_options(words)
-    for part in plain or ("rounds", "captions"):
-        {"rounds": rounds, "captions": captions}[part](**options)
+    if plain:
+        raise SystemExit(f"unknown: {' '.join(plain)}; only key=value is read")
+    rounds(**options)
 
 
 if __name__ == "__main__":
