@@ -111,8 +111,8 @@ GROUND = Prompt(
 )
 PART_WORDS = {"head": "head with hair and hat", "upper": "upper body with arms", "legs": "legs with feet"}
 
-TINY_LOCATE = Prompt("tiny-locate/v1", "does this person match {text} ?", 1)
-TINY_DESCRIBE = Prompt("tiny-describe/v1", "{attribute} ?", 1)
+TINY_LOCATE = Prompt("tiny-locate/v2", "does this person match {text} ?", 1)
+TINY_DESCRIBE = Prompt("tiny-describe/v2", "{attribute}:", 1)
 TINY_GROUND = Prompt("tiny-ground/v1", "where is {part} ?", 4)
 
 

@@ -1,7 +1,9 @@
 """Questions with their answers, drawn for a batch of pictures, as token ids and targets.
 
-In a match question the model says yes or no at every comma (does the phrase before it fit?) and at the question mark (do
-all fit?): one signal per phrase instead of one per question, without which matching is not learned in minutes.
+In a match question the model says at every colon what the picture shows, at the stated word whether that fits, and at the
+question mark whether all fits: a signal per statement instead of one per question, without which matching is not learned
+in minutes. What it says at the colon it has learned from the questions about attributes; comparing it with the next word is
+then one step of attention.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ from reid_dist.data.synthetic.words import SLOTS, slot_attributes
 from reid_dist.generation.tiny.model import END
 from reid_dist.generation.tiny.questions import (
     BINS,
+    HIDDEN,
     NO,
     PARTS,
     YES,
     attribute_question,
-    contradicted,
     ground_question,
     match_question,
-    slot_phrase,
+    statements,
     words_of,
 )
 from reid_dist.generation.tiny.samples import UNCLEAR, Pictures
@@ -40,7 +42,7 @@ class Teacher:
     def __init__(self, pictures: Pictures, tokenizer: Any, rng: np.random.Generator) -> None:
         self.pictures, self.tokenizer, self.rng = pictures, tokenizer, rng
         self.end = tokenizer.convert_tokens_to_ids(END)
-        self.comma = tokenizer.encode("x,")[-1]
+        self.colon = tokenizer.encode(attribute_question("hat"))[-1]
         self._ids: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
@@ -55,8 +57,12 @@ class Teacher:
 
     def attribute(self, picture: int, name: str) -> Lesson:
         """One attribute of one picture."""
+        return self._lesson(self.ids(attribute_question(name)), [self._answer(picture, name)])
+
+    def _answer(self, picture: int, name: str) -> int:
+        """The token that truly answers."""
         word = list(words_of(name).values())[self.pictures.answers[picture, list(ATTRIBUTES).index(name)]]
-        return self._lesson(self.ids(attribute_question(name)), self.ids(word))
+        return self.ids(word)[0]
 
     def ground(self, picture: int, part: int, mirrored: bool = False) -> Lesson | None:
         """One part's box; None where it is not seen."""
@@ -80,16 +86,17 @@ class Teacher:
         }  # fmt: skip
         if self.rng.random() < 0.5:
             stated = self._falsified(stated, seen, slots, unclear)
-        slots = [slot for slot in slots if slot_phrase(slot, stated)]
-        if not slots:
+        names = statements(stated, slots)
+        if not names:
             return self.match(picture, phrases, easy)
-        fits = [not contradicted(slot, stated, wear, seen) for slot in slots]
         question = self.ids(match_question(stated, slots))
-        targets, phrase = [-100] * len(question), 0
-        verdict = [self.ids(NO)[0], self.ids(YES)[0]]
-        for place, token in enumerate(question):
-            if token == self.comma:
-                targets[place], phrase = verdict[fits[phrase]], phrase + 1
+        targets, fits = [-100] * len(question), []
+        verdict, hidden = [self.ids(NO)[0], self.ids(YES)[0]], self.ids(HIDDEN)[0]
+        colons = [place for place, token in enumerate(question) if token == self.colon]
+        for place, name in zip(colons, names, strict=True):
+            truth = self._answer(picture, name)
+            fits.append(truth in (question[place + 1], hidden))
+            targets[place], targets[place + 1] = truth, verdict[fits[-1]]
         answer = verdict[all(fits)]
         targets[-1] = answer
         return ([*question, answer], [*targets, self.end]), all(fits)

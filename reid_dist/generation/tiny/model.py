@@ -28,7 +28,7 @@ from reid_dist.generation.tiny.samples import SIDE
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
             "<|video_pad|>")  # fmt: skip
 END, IMAGE_START, IMAGE_END, IMAGE = "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
-PATCH, MERGE, TEMPORAL = 14, 2, 2
+PATCH, MERGE, TEMPORAL = 8, 2, 2
 GRID = (SIDE[0] // PATCH, SIDE[1] // PATCH)  # patches
 TOKENS = GRID[0] * GRID[1] // MERGE**2
 WIDTH, LAYERS, HEADS, FFN = 128, 4, 4, 320
@@ -102,13 +102,19 @@ def make_config(tokenizer: Any) -> Any:
     return config
 
 
+def image_options() -> dict[str, int]:
+    """What the library's image processor is told: every picture becomes SIDE, cut into patches as the vision tower's."""
+    budget = SIDE[0] * SIDE[1]
+    return {"min_pixels": budget, "max_pixels": budget, "patch_size": PATCH, "merge_size": MERGE}
+
+
 def save_folder(model: Any, tokenizer: Any, folder: Path, facts: dict[str, Any]) -> None:
     """Weights (float32 safetensors), configuration, tokenizer, processor, and `recipe.json` with the digest of all that."""
     from transformers import GenerationConfig, Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
     from reid_dist.models.mllm_folder import content_digest
 
-    pixels = {"min_pixels": SIDE[0] * SIDE[1], "max_pixels": SIDE[0] * SIDE[1]}
+    pixels = image_options()
     model.generation_config = GenerationConfig(eos_token_id=model.config.text_config.eos_token_id, do_sample=False)
     model.save_pretrained(folder)
     images, videos = Qwen2VLImageProcessor(**pixels), Qwen2VLVideoProcessor(**pixels)

@@ -1,10 +1,10 @@
 """What the small model is asked and how it answers: closed vocabularies over the synthetic world's attributes.
 
-    hair colour ?                                             -> black | brown | ... | hidden | none
-    does this person match short black hair, no hat ?         -> yes | no
+    hair colour:                                              -> black | brown | ... | hidden | none
+    does this person match hair colour: black, hat: none ?    -> yes | no
     where is head ?                                           -> left top right bottom in 32nds of the image
 
-A phrase of a match question is one slot of the figure in fixed words; free captions of this world are first read into
+A match question states attributes in the words in which they are asked; free captions of this world are first read into
 attributes (data/synthetic/words.read_phrases), so wording is no part of what the model must know.
 """
 
@@ -33,7 +33,7 @@ def words_of(attribute: str) -> dict[str, str]:
 
 def attribute_question(attribute: str) -> str:
     """The question about one attribute."""
-    return f"{attribute.replace('_', ' ')} ?"
+    return f"{attribute.replace('_', ' ')}:"
 
 
 def attribute_answer(attribute: str, wear: Mapping[str, str], visible: Iterable[str]) -> str:
@@ -52,27 +52,15 @@ def read_attribute(attribute: str, answer: str) -> str | None:
     return value
 
 
-def slot_phrase(slot: str, stated: Mapping[str, str]) -> str:
-    """The fixed phrase for what is stated of one slot; "" when nothing is."""
-    adjectives, noun, _ = SLOTS[slot]
-    if noun and stated.get(noun) == ABSENT:
-        return f"no {slot}"
-    words = [stated[name].split()[0] for name in adjectives if name in stated]
-    if noun and noun in stated:
-        return " ".join([*words, stated[noun].split()[0]])
-    return " ".join([*words, slot]) if words else ""
+def statements(stated: Mapping[str, str], slots: Iterable[str] = tuple(SLOTS)) -> list[str]:
+    """The attributes that a match question states, in its order."""
+    return [name for slot in slots for name in slot_attributes(slot) if name in stated]
 
 
 def match_question(stated: Mapping[str, str], slots: Iterable[str] = tuple(SLOTS)) -> str:
     """The question whether the picture shows all that is stated; "" when nothing is."""
-    phrases = [said for slot in slots if (said := slot_phrase(slot, stated))]
-    return f"{MATCH} {', '.join(phrases)} ?" if phrases else ""
-
-
-def contradicted(slot: str, stated: Mapping[str, str], wear: Mapping[str, str], visible: Iterable[str]) -> bool:
-    """Whether the picture shows something else than is stated of this slot."""
-    seen = set(visible)
-    return any(name in stated and name in seen and wear.get(name) != stated[name] for name in slot_attributes(slot))
+    said = [f"{attribute_question(name)} {words_of(name)[stated[name]]}" for name in statements(stated, slots)]
+    return f"{MATCH} {', '.join(said)} ?" if said else ""
 
 
 def ground_question(part: str) -> str:

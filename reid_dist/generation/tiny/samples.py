@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import numpy as np
 
@@ -13,14 +14,14 @@ from reid_dist.data.synthetic.identity import ATTRIBUTES, OWNER, Attributes
 from reid_dist.data.synthetic.render import Drawing
 from reid_dist.generation.tiny.questions import BINS, PARTS, attribute_answer, part_boxes, words_of
 
-SIDE = (112, 56)  # height, width as the model sees every picture
+SIDE = (96, 48)  # height, width as the model sees every picture
 GROUPS = (("head",), ("torso", "arm"), ("leg", "foot"))
 UNCLEAR = -1
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """N pictures. `pixels` uint8 [N, 112, 56, 3]; `answers` int64 [N, attributes] (index into words_of; UNCLEAR where
+    """N pictures. `pixels` uint8 [N, *SIDE, 3]; `answers` int64 [N, attributes] (index into words_of; UNCLEAR where
     some pixels show it, but fewer than a caption may speak of: nothing is asked then); `boxes` int64 [N, 3, 4] in 32nds,
     -1 where a part is not seen.
     """
@@ -44,24 +45,33 @@ def worlds(seeds: Sequence[int], people: int, split: str, images: int) -> Iterat
         ), split  # fmt: skip
 
 
-def draw_pictures(seeds: Sequence[int], people: int, split: str, images: int) -> Pictures:
-    """`people` identities x `images` pictures of each seed's world."""
-    pixels, answers, boxes, wear, visible = [], [], [], [], []
-    for world, part in worlds(seeds, people, split, images):
-        for person in world.people[part]:
-            for camera, frame in world.shots(person):
-                encoded, drawing = world.picture(person, camera, frame)
-                seen = drawing.visible()
-                pixels.append(seen_pixels(encoded))
-                answers.append(_answers(person.attributes, seen, drawing.cue_pixels()))
-                boxes.append(_boxes(drawing))
-                wear.append(person.attributes)
-                visible.append(seen)
-    return Pictures(np.stack(pixels), np.stack(answers), np.stack(boxes), tuple(wear), tuple(visible))
+def draw_pictures(seeds: Sequence[int], people: int, split: str, images: int, processes: int = 1) -> Pictures:
+    """`people` identities x `images` pictures of each seed's world, the same for any number of processes."""
+    todo = list(worlds(seeds, people, split, images))
+    if processes == 1:
+        drawn = [_draw_world(*one) for one in todo]
+    else:
+        with get_context("spawn").Pool(processes) as pool:
+            drawn = pool.starmap(_draw_world, todo, chunksize=1)
+    rows = [row for of_world in drawn for row in of_world]
+    pixels, answers, boxes, wear, visible = zip(*rows, strict=True)
+    return Pictures(np.stack(pixels), np.stack(answers), np.stack(boxes), wear, visible)
+
+
+def _draw_world(world: World, part: str) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, Attributes, frozenset[str]]]:
+    """Per picture of a world pixels, answers, boxes, attributes, what is visible."""
+    rows = []
+    for person in world.people[part]:
+        for camera, frame in world.shots(person):
+            encoded, drawing = world.picture(person, camera, frame)
+            seen = drawing.visible()
+            answers = _answers(person.attributes, seen, drawing.cue_pixels())
+            rows.append((seen_pixels(encoded), answers, _boxes(drawing), person.attributes, seen))
+    return rows
 
 
 def seen_pixels(encoded: bytes) -> np.ndarray:
-    """uint8 [112, 56, 3]: the picture as the processor resizes it."""
+    """uint8 [*SIDE, 3]: the picture as the processor resizes it."""
     from PIL import Image
 
     with Image.open(io.BytesIO(encoded)) as image:

@@ -9,7 +9,7 @@ Shapes: B pictures, P patches, T = P / 4 visual tokens, L = length of a packed s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,8 @@ PREFIX = TOKENS + 2  # start mark, picture, end mark
 
 def patches(pixels: Tensor) -> Tensor:
     """uint8 [B, 112, 56, 3] -> float32 [B, P, 3 * 2 * 14 * 14], rows in the order of the merged blocks."""
-    x = (pixels.permute(0, 3, 1, 2).float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
-        :, None, None
-    ]
+    mean, deviation = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
+    x = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / deviation
     rows, columns = GRID[0] // MERGE, GRID[1] // MERGE
     x = x.reshape(len(x), 3, rows, MERGE, PATCH, columns, MERGE, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
     x = x.reshape(len(x), GRID[0] * GRID[1], 3, 1, PATCH, PATCH).expand(-1, -1, -1, TEMPORAL, -1, -1)
@@ -49,7 +48,7 @@ def see(visual: Any, pixels: Tensor) -> Tensor:
     blocks = [axis.reshape(GRID[0] // MERGE, MERGE, GRID[1] // MERGE, MERGE).transpose(0, 2, 1, 3).ravel()
               for axis in (rows, columns)]  # fmt: skip
     frequencies = visual.rotary_pos_emb.inv_freq
-    angles = torch.cat([torch.tensor(axis)[:, None].float() * frequencies for axis in blocks], dim=1)
+    angles = torch.cat([torch.tensor(axis, device=x.device)[:, None].float() * frequencies for axis in blocks], dim=1)
     cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
     for block in visual.blocks:
         heads = block.attn.num_heads
@@ -71,6 +70,10 @@ class Packed:
     targets: Tensor
     segment: Tensor
     position: Tensor
+
+    def to(self, device: torch.device) -> Packed:
+        """The same on a device."""
+        return Packed(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def pack(questions: Sequence[Sequence[tuple[list[int], list[int]]]], pad: int) -> Packed:
@@ -99,16 +102,17 @@ def picture_positions() -> Tensor:
 def say(model: Any, seen: Tensor, packed: Packed) -> Tensor:
     """Logits [B, L, vocabulary] after every token of the questions; a question sees its picture and itself."""
     text, config = model.model.language_model, model.config
-    marks = text.embed_tokens(torch.tensor([config.vision_start_token_id, config.vision_end_token_id]))
+    packed, device = packed.to(seen.device), seen.device
+    marks = text.embed_tokens(torch.tensor([config.vision_start_token_id, config.vision_end_token_id], device=device))
     start, end = (mark.expand(len(seen), 1, -1) for mark in marks)
     embedded = torch.cat([start, seen, end, text.embed_tokens(packed.ids)], dim=1)
-    prefix = picture_positions()[:, None].expand(3, len(seen), -1)
+    prefix = picture_positions().to(device)[:, None].expand(3, len(seen), -1)
     positions = torch.cat([prefix, packed.position.expand(3, -1, -1)], dim=2)
-    segment = torch.cat([torch.zeros(len(seen), PREFIX, dtype=torch.int64), packed.segment], dim=1)
+    segment = torch.cat([torch.zeros(len(seen), PREFIX, dtype=torch.int64, device=device), packed.segment], dim=1)
     length = segment.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     allowed = causal & ((segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0))
-    mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
+    mask = torch.zeros(allowed.shape, device=device).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
     out = text(
         inputs_embeds=embedded, attention_mask={"full_attention": mask}, position_ids=positions, use_cache=False
     ).last_hidden_state

@@ -23,17 +23,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reid_dist.data.synthetic.identity import ATTRIBUTES
-from reid_dist.data.synthetic.words import SLOTS
+from reid_dist.generation.tiny.evaluate import evaluate
+from reid_dist.generation.tiny.heads import Heads
 from reid_dist.generation.tiny.lessons import Teacher, mirror
-from reid_dist.generation.tiny.model import TOKENS, WIDTH, make_config, make_tokenizer
-from reid_dist.generation.tiny.questions import BINS, HIDDEN, NO, PARTS, YES, words_of
-from reid_dist.generation.tiny.samples import SIDE, UNCLEAR, Pictures, draw_pictures
+from reid_dist.generation.tiny.model import make_config, make_tokenizer
+from reid_dist.generation.tiny.samples import SIDE, Pictures, draw_pictures
 from reid_dist.generation.tiny.towers import pack, say, see
 
 logger = logging.getLogger(__name__)
 # Matrix products in bfloat16: 1.5 times as fast on CPUs that have them. With it the language tower's own attention must be
 # the plain one: the backward pass of the fused one under a mask costs more than all the rest (measured).
-HALF = torch.autocast("cpu", torch.bfloat16)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALF = torch.autocast(DEVICE.type, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,8 @@ class Recipe:
     """All that the weights depend on, beside the code."""
 
     seed: int = 7
-    train_worlds: tuple[int, ...] = tuple(range(101, 133))  # six cameras each: unseen colour casts are the hard part
-    people: int = 120  # of each world
+    train_worlds: tuple[int, ...] = tuple(range(101, 165))  # six cameras each: unseen colour casts are the hard part
+    people: int = 60  # of each world
     images: int = 4  # of each person
     test_worlds: tuple[int, ...] = (201, 202)
     test_people: int = 150
@@ -56,8 +57,8 @@ class Recipe:
     heads_weight: float = 0.3
     read_steps: int = 280  # of the joint steps: all attributes of a picture are asked, nothing else
     easy_steps: int = 200  # then so many whose match questions have few short phrases
-    attributes: int = 4  # questions per picture and step, after reading
-    matches: int = 5
+    attributes: int = 3  # questions per picture and step, after reading
+    matches: int = 4
     grounds: int = 1
     save_every: int = 200  # steps
     evaluate_every: int = 400  # joint steps
@@ -71,36 +72,6 @@ class Trained:
     tokenizer: Any
     curve: list[dict[str, Any]]
     seconds: float
-
-
-class Heads(nn.Module):
-    """Linear heads on the visual tokens of a picture: a softmax per attribute, one per coordinate of each part's box."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.classes = [len(words_of(name)) for name in ATTRIBUTES]
-        self.attributes = nn.Linear(TOKENS * WIDTH, sum(self.classes))
-        self.boxes = nn.Linear(TOKENS * WIDTH, len(PARTS) * 4 * (BINS + 1))
-
-    @torch.inference_mode()
-    def accuracy(self, seen: Tensor, answers: Tensor) -> dict[str, float]:
-        """Per attribute, where the picture shows it: what there is to see for the language tower."""
-        found = {}
-        for i, (name, said) in enumerate(
-            zip(ATTRIBUTES, self.attributes(seen.flatten(1)).split(self.classes, 1), strict=True)
-        ):
-            shown = (answers[:, i] != UNCLEAR) & (answers[:, i] != list(words_of(name)).index(HIDDEN))
-            found[name] = round((said.argmax(1) == answers[:, i])[shown].float().mean().item(), 4)
-        return found
-
-    def forward(self, seen: Tensor, answers: Tensor, boxes: Tensor) -> Tensor:
-        """Mean loss of visual tokens [B, T, D] against answers [B, A] and boxes [B, 3, 4] (-1: not seen)."""
-        flat = seen.flatten(1)
-        split = self.attributes(flat).split(self.classes, dim=1)
-        losses = [functional.cross_entropy(s, answers[:, i], ignore_index=UNCLEAR) for i, s in enumerate(split)]
-        loss = torch.stack(losses).mean()
-        said = self.boxes(flat).unflatten(1, (-1, BINS + 1)).flatten(0, 1)
-        return loss + 0.5 * functional.cross_entropy(said, boxes.flatten(), ignore_index=-1)
 
 
 def initialise(model: Any, generator: torch.Generator) -> None:
@@ -128,7 +99,7 @@ def train(
     from transformers import Qwen2VLForConditionalGeneration
 
     started = time.monotonic()
-    pictures = draw_pictures(recipe.train_worlds, recipe.people, "train", recipe.images)
+    pictures = draw_pictures(recipe.train_worlds, recipe.people, "train", recipe.images, 2)
     test = draw_pictures(recipe.test_worlds, recipe.test_people, "test", 2)
     logger.info("%d pictures to learn from, %d to test, %.0f s", len(pictures), len(test), time.monotonic() - started)
     torch.manual_seed(recipe.seed)
@@ -136,7 +107,8 @@ def train(
     model = Qwen2VLForConditionalGeneration(make_config(tokenizer)).float()
     model.set_attn_implementation("eager")
     initialise(model, torch.Generator().manual_seed(recipe.seed))
-    heads, rng = Heads(), np.random.default_rng(recipe.seed)
+    model.to(DEVICE)
+    heads, rng = Heads().to(DEVICE), np.random.default_rng(recipe.seed)
     state = Trained(model, tokenizer, [], 0.0)
     teacher = Teacher(pictures, tokenizer, rng)
     phases = _Phases(recipe, state, heads, teacher, test, checkpoint, on_progress or (lambda trained: None))
@@ -195,9 +167,10 @@ def _take(
     cast = np.eye(3) + rng.normal(0, 0.03, (count, 3, 3)) + np.eye(3) * rng.normal(0, 0.06, (count, 1, 3))
     cast *= rng.uniform(0.9, 1.1, (count, 1, 1)) / 255
     curve = np.exp(rng.uniform(-0.15, 0.15, (count, 1, 1)))
-    light = torch.from_numpy(pixels).float().flatten(1, 2) @ torch.from_numpy(cast).float()
-    seen = (light.clamp(0, 1).pow(torch.from_numpy(curve).float()) * 255).round().to(torch.uint8)
-    return seen.unflatten(1, SIDE), torch.from_numpy(pictures.answers[rows]), torch.from_numpy(boxes)
+    cast, curve = (torch.from_numpy(values).float().to(DEVICE) for values in (cast, curve))
+    light = torch.from_numpy(pixels).to(DEVICE).float().flatten(1, 2) @ cast
+    seen = (light.clamp(0, 1).pow(curve) * 255).round().to(torch.uint8).unflatten(1, SIDE)
+    return seen, torch.from_numpy(pictures.answers[rows]).to(DEVICE), torch.from_numpy(boxes).to(DEVICE)
 
 
 @dataclass
@@ -271,9 +244,9 @@ class _Phases:
     @torch.inference_mode()
     def _seen(self) -> dict[str, float]:
         """What the heads tell about the test pictures."""
-        pieces = torch.from_numpy(self.test.pixels).split(100)
+        pieces = torch.from_numpy(self.test.pixels).to(DEVICE).split(100)
         seen = torch.cat([see(self.state.model.model.visual, piece) for piece in pieces])
-        return self.heads.accuracy(seen, torch.from_numpy(self.test.answers))
+        return self.heads.accuracy(seen, torch.from_numpy(self.test.answers).to(DEVICE))
 
     def joint(self) -> None:
         """Both towers, answers and heads."""
@@ -291,6 +264,7 @@ class _Phases:
                 counts = len(ATTRIBUTES), 0, recipe.grounds
             asked = zip(rows.tolist(), mirrored.tolist(), strict=True)
             packed = pack([teacher.draw(row, turned, counts, easy) for row, turned in asked], pad)
+            packed = packed.to(DEVICE)
             wanted = packed.targets >= 0
             with HALF:
                 seen = see(model.model.visual, pixels)
@@ -310,88 +284,7 @@ class _Phases:
                 self._save()
 
 
-@torch.inference_mode()
-def evaluate(model: Any, tokenizer: Any, test: Pictures) -> dict[str, Any]:
-    """Accuracy on pictures of people never learned from: per attribute where the picture shows it, "hidden" over all
-    attributes of which no pixel is seen, match questions by number of phrases, boxes' IoU.
-    """
-    teacher = Teacher(test, tokenizer, np.random.default_rng(1))
-    right: dict[str, list[bool]] = {}
-    overlaps: list[float] = []
-    for start in range(0, len(test), 50):
-        rows = range(start, min(start + 50, len(test)))
-        lessons = []
-        kinds: list[list[str]] = []
-        for row in rows:
-            asked = [(kind, teacher.attribute(row, name)) for name in ATTRIBUTES if (kind := _kind(test, row, name))]
-            asked += [(f"match{count}", teacher.match(row, count)[0]) for count in (1, 2, 3, len(SLOTS))]
-            asked += [("box", lesson) for part in range(len(PARTS)) if (lesson := teacher.ground(row, part))]
-            lessons.append([lesson for _, lesson in asked])
-            kinds.append([kind for kind, _ in asked])
-        packed = pack(lessons, model.config.text_config.pad_token_id)
-        seen = see(model.model.visual, torch.from_numpy(test.pixels[start : start + 50]))
-        logits = say(model, seen, packed)
-        _score(logits.argmax(2), packed, kinds, tokenizer, right, overlaps)
-    attributes = {name: float(np.mean(right[name])) for name in ATTRIBUTES}
-    matches = {f"match{count}": float(np.mean(right[f"match{count}"])) for count in (1, 2, 3, len(SLOTS))}
-    matches["match"] = float(
-        np.mean([*right["match1"], *right["match2"], *right["match3"], *right[f"match{len(SLOTS)}"]])
-    )
-    hidden = {"hidden": float(np.mean(right["hidden"]))}
-    rounded = {name: round(value, 4) for name, value in (attributes | hidden | matches).items()}
-    return {
-        **rounded,
-        "lowest_attribute": min(rounded[n] for n in ATTRIBUTES),
-        "box_iou": round(float(np.mean(overlaps)), 4),
-    }
-
-
-def _kind(pictures: Pictures, row: int, name: str) -> str:
-    """The attribute's name where the picture shows it (or that its thing is not there), "hidden" where no pixel does, ""
-    in between.
-    """
-    answer = pictures.answers[row, list(ATTRIBUTES).index(name)]
-    if answer == UNCLEAR:
-        return ""
-    return HIDDEN if list(words_of(name))[answer] == HIDDEN else name
-
-
-def _score(
-    said: Tensor,
-    packed: Any,
-    kinds: list[list[str]],
-    tokenizer: Any,
-    right: dict[str, list[bool]],
-    overlaps: list[float],
-) -> None:
-    """Compare what is said at the last question token (attributes, matches) or at four places (boxes, each given the
-    true numbers before it).
-    """
-    verdicts = {tokenizer.encode(word)[0] for word in (YES, NO)}
-    for b, names in enumerate(kinds):
-        for number, kind in enumerate(names, start=1):
-            places = torch.nonzero((packed.segment[b] == number) & (packed.targets[b] >= 0)).flatten()[:-1]
-            if kind == "box":
-                pair = [[int(tokenizer.decode([int(v)])) if tokenizer.decode([int(v)]).strip().isdigit() else 0 for v in row]
-                        for row in (said[b, places], packed.targets[b, places])]  # fmt: skip
-                overlaps.append(_iou(*pair))
-                continue
-            last = places[-1]
-            assert not kind.startswith("match") or int(packed.targets[b, last]) in verdicts
-            right.setdefault(kind, []).append(bool(said[b, last] == packed.targets[b, last]))
-
-
-def _iou(one: list[int], other: list[int]) -> float:
-    def area(box: list[int]) -> int:
-        return max(0, box[2] - box[0]) * max(0, box[3] - box[1])
-
-    low = [max(a, b) for a, b in zip(one[:2], other[:2], strict=True)]
-    high = [min(a, b) for a, b in zip(one[2:], other[2:], strict=True)]
-    both = area([*low, *high])
-    return both / max(1, area(one) + area(other) - both)
-
-
 def facts(recipe: Recipe, trained: Trained) -> dict[str, Any]:
     """What `recipe.json` in the model folder says."""
     return {"recipe": asdict(recipe), "curve": trained.curve, "seconds": round(trained.seconds),
-            "threads": torch.get_num_threads()}  # fmt: skip
+            "threads": torch.get_num_threads(), "device": DEVICE.type}  # fmt: skip
