@@ -208,9 +208,9 @@ def test_another_maker_needs_another_name(
     generate("describe", ("people",), GenerateOptions(root=root, model=small))
     before = TinyDialogues.versions.fget
     monkeypatch.setattr(
-        TinyDialogues, "versions", property(lambda self: {**before(self), "describe": "tiny-describe/v2"})
+        TinyDialogues, "versions", property(lambda self: {**before(self), "describe": "tiny-describe/v0"})
     )
-    with pytest.raises(UserError, match=r"another maker.*tiny-describe/v1.*tiny-describe/v2.*choose another name"):
+    with pytest.raises(UserError, match=r"another maker.*tiny-describe/v2.*tiny-describe/v0.*choose another name"):
         generate("describe", ("people",), GenerateOptions(root=root, model=small))
     record = generate("describe", ("people",), GenerateOptions(root=root, model=small, name="second"))
     assert record["calls"] == 8 * 14

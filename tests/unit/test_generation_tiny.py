@@ -28,7 +28,7 @@ from reid_dist.generation.tiny.questions import (
     words_of,
 )
 from reid_dist.generation.tiny.samples import UNCLEAR, Pictures, draw_pictures
-from reid_dist.generation.tiny.towers import PREFIX, pack, patches, say, see
+from reid_dist.generation.tiny.towers import PREFIX, pack, parted, patches, say, see
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,21 @@ def test_a_match_question_is_judged_statement_by_statement(pictures: Pictures) -
         assert sum(word != "" for word in said) == 2 * len(colons) + 2
         verdicts.append(fits)
     assert 0.35 < np.mean(verdicts) < 0.75
+
+
+def test_questions_are_parted_in_their_order() -> None:
+    lessons = [([number] * length, [-100] * length) for number, length in enumerate((3, 4, 9, 2, 2, 1))]
+    groups = parted(lessons, 7)
+    assert [[lesson[0][0] for lesson in group] for group in groups] == [[0, 1], [2], [3, 4, 5]]
+    assert [lesson for group in groups for lesson in group] == lessons
+    assert parted([], 7) == []
+
+
+def test_pictures_are_the_same_for_any_number_of_processes() -> None:
+    one, two = (draw_pictures((901, 902), 3, "train", 1, processes) for processes in (1, 2))
+    for field in ("pixels", "answers", "boxes"):
+        np.testing.assert_array_equal(getattr(one, field), getattr(two, field))
+    assert (one.wear, one.visible) == (two.wear, two.visible)
 
 
 def test_batched_towers_equal_the_library(pictures: Pictures) -> None:

@@ -1,8 +1,8 @@
 """What the vision tower learns by before there is a language tower that could ask it: dropped after training.
 
 Each attribute has a query that looks for its token among the visual tokens, as the language tower will: so what is
-seen must be said inside a token, findable by content and place, and the language tower learns to read it in a few
-hundred steps. (Linear maps of all tokens at once, which know each place, taught pictures that it could not read.)
+seen must be said inside a token, findable by content and place. (A linear map of all tokens at once knows each place, which
+the language tower does not.)
 """
 
 from __future__ import annotations

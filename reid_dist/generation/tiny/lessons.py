@@ -1,9 +1,8 @@
 """Questions with their answers, drawn for a batch of pictures, as token ids and targets.
 
 In a match question the model says at every colon what the picture shows, at the stated word whether that fits, and at the
-question mark whether all fits: a signal per statement instead of one per question, without which matching is not learned
-in minutes. What it says at the colon it has learned from the questions about attributes; comparing it with the next word is
-then one step of attention.
+question mark whether all fits: a signal per statement instead of one per question. What it says at the colon it learns from the
+questions about attributes as well; comparing it with the next word is then one step of attention.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The small Qwen2-VL as files: configuration, tokenizer, processor. The library's own classes, so vLLM loads them as they are.
 
-Width 128, four layers, heads of 32 (vLLM's CPU attention needs 32 or more), vision depth 3. A picture of 112 x 56 is 32
-patches, eight tokens after merging; both pixel budgets are 6272, so every picture becomes 112 x 56. The tokenizer is a
+Width 128, four layers, heads of 32 (vLLM's CPU attention needs 32 or more), vision depth 3. A picture of 96 x 48 is 72
+patches, 18 tokens after merging; both pixel budgets are 4608, so every picture of this shape becomes 96 x 48. The tokenizer is a
 byte-level BPE trained on the questions, in which every answer is one token.
 """
 

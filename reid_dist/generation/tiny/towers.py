@@ -76,6 +76,21 @@ class Packed:
         return Packed(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
+def parted(lessons: Sequence[tuple[list[int], list[int]]], length: int) -> list[list[tuple[list[int], list[int]]]]:
+    """Questions about one picture as several sequences of at most `length` tokens, in their order; a longer one stands
+    alone.
+    """
+    found: list[list[tuple[list[int], list[int]]]] = []
+    room = 0
+    for lesson in lessons:
+        if not found or len(lesson[0]) > room:
+            found.append([])
+            room = length
+        found[-1].append(lesson)
+        room -= len(lesson[0])
+    return found
+
+
 def pack(questions: Sequence[Sequence[tuple[list[int], list[int]]]], pad: int) -> Packed:
     """questions[b] = [(ids, targets of the same length), ...] about picture b, without the picture's own tokens."""
     length = max(sum(len(ids) for ids, _ in row) for row in questions)

@@ -1,6 +1,6 @@
 """Training of the small model: minutes on two cores, fixed steps, everything from one seed.
 
-1. The vision tower alone learns to tell attributes and boxes, through linear heads on the visual tokens.
+1. The vision tower alone learns to tell attributes and boxes, through heads on the visual tokens (heads.py).
 2. Both towers together learn to answer; the heads' loss stays with a small weight; then the heads are dropped. At first all
    attributes of a picture are asked at once: the language tower learns to read the visual tokens several times faster
    than from a few questions among others (measured). Then match questions, short ones before long ones.
@@ -28,13 +28,15 @@ from reid_dist.generation.tiny.heads import Heads
 from reid_dist.generation.tiny.lessons import Teacher, mirror
 from reid_dist.generation.tiny.model import make_config, make_tokenizer
 from reid_dist.generation.tiny.samples import SIDE, Pictures, draw_pictures
-from reid_dist.generation.tiny.towers import pack, say, see
+from reid_dist.generation.tiny.towers import pack, parted, say, see
 
 logger = logging.getLogger(__name__)
 # Matrix products in bfloat16: 1.5 times as fast on CPUs that have them. With it the language tower's own attention must be
 # the plain one: the backward pass of the fused one under a mask costs more than all the rest (measured).
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.autocast(DEVICE.type, torch.bfloat16)
+
+LENGTH = 72  # tokens of a sequence of questions: attention costs the square
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +49,18 @@ class Recipe:
     images: int = 4  # of each person
     test_worlds: tuple[int, ...] = (201, 202)
     test_people: int = 150
-    vision_steps: int = 1700
+    vision_steps: int = 1600
     vision_batch: int = 32  # twice as many steps of half the size learn more in the same time
     vision_lr: float = 1.5e-3
-    joint_steps: int = 800
+    joint_steps: int = 1250
     joint_batch: int = 16
     joint_lr: float = 1.2e-3
     matrix_lr: float = 0.03  # of Muon, for the matrices inside the blocks
     heads_weight: float = 0.3
-    read_steps: int = 280  # of the joint steps: all attributes of a picture are asked, nothing else
+    read_steps: int = 200  # of the joint steps: all attributes of a picture are asked, nothing else
     easy_steps: int = 200  # then so many whose match questions have few short phrases
     attributes: int = 3  # questions per picture and step, after reading
-    matches: int = 4
+    matches: int = 3
     grounds: int = 1
     save_every: int = 200  # steps
     evaluate_every: int = 400  # joint steps
@@ -263,12 +265,14 @@ class _Phases:
             if step < recipe.read_steps:
                 counts = len(ATTRIBUTES), 0, recipe.grounds
             asked = zip(rows.tolist(), mirrored.tolist(), strict=True)
-            packed = pack([teacher.draw(row, turned, counts, easy) for row, turned in asked], pad)
-            packed = packed.to(DEVICE)
+            drawn = [teacher.draw(row, turned, counts, easy) for row, turned in asked]
+            sequences = [(place, some) for place, lessons in enumerate(drawn) for some in parted(lessons, LENGTH)]
+            packed = pack([some for _, some in sequences], pad).to(DEVICE)
+            about = torch.tensor([place for place, _ in sequences], device=DEVICE)
             wanted = packed.targets >= 0
             with HALF:
                 seen = see(model.model.visual, pixels)
-                loss = functional.cross_entropy(say(model, seen, packed)[wanted].float(), packed.targets[wanted])
+                loss = functional.cross_entropy(say(model, seen[about], packed)[wanted].float(), packed.targets[wanted])
                 total = loss + recipe.heads_weight * self.heads(seen, answers, boxes)
             self.optimizers["joint"].step(total, _rate(step, recipe.joint_steps))
             if step % 50 == 0:
