@@ -17,6 +17,7 @@ from reid_dist.data.store import open_view
 from reid_dist.errors import UserError
 from reid_dist.generation.model_folder import ModelFolder, adapter_digest, find_model
 from reid_dist.generation.pairs import localiser
+from reid_dist.generation.tiny.model import MERGE, TOKENS
 from reid_dist.methods.spec import ModelFacts, TrainingData
 from reid_dist.methods.vlm.chat import NOTHING, Chat
 from reid_dist.methods.vlm.config import Config
@@ -79,7 +80,7 @@ def test_a_row_is_the_engines_prompt_then_the_answer_and_its_end(view: Any) -> N
     row = chat.batch(["hat ?"], ["cap"], view.images([0]))
     tokens = chat.tokenizer.convert_ids_to_tokens(row["ids"][0].tolist())
     assert tokens[0] == "<|vision_start|>"
-    assert tokens.count("<|image_pad|>") == int(row["grid"].prod()) // 4 == 8
+    assert tokens.count("<|image_pad|>") == int(row["grid"].prod()) // MERGE**2 == TOKENS
     text = chat.tokenizer.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hat ?"}]}], tokenize=False,
         add_generation_prompt=True,
