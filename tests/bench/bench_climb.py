@@ -1,7 +1,7 @@
 """What frames bring: CLIMB on a synthetic video world where half of the people have a twin whom only gait and shoes tell
 apart, and where most frames show one half of the person.
 
-python -m tests.bench.bench_climb [seeds=3 | seed=N] [steps=360] [world.OPTION=value ...] [recipe.key=value ...]
+python -m tests.bench.bench_climb [seeds=3 | seed=N] [steps=250] [world.OPTION=value ...] [recipe.key=value ...]
 
 Per seed one world and one training of `climb/synthetic_video` in one epoch; the trained model is scored on clips of eight
 frames, on the first frame of each tracklet alone (eight times over), and untrained. One JSON line per seed. Synthetic scores
@@ -26,14 +26,15 @@ from tests.learning import learn, scores
 
 RECIPE, PROTOCOL = "climb/synthetic_video", "video"
 WORLD: dict[str, Any] = {
-    "num_train": 240, "num_test": 40, "num_distractors": 0, "difficulty": "mild", "twins": 0.5, "half_hidden": 0.7,
+    "num_train": 200, "num_test": 60, "num_distractors": 0, "difficulty": "mild", "twins": 0.5, "half_hidden": 0.7,
+    "max_frames": 8,
 }  # fmt: skip
-STEPS = 360
+STEPS, WARMUP = 250, 10
 
 
 def one_seed(root: Path, seed: int, steps: int, world: dict[str, Any], words: list[str]) -> dict[str, Any]:
     """{"untrained", "eight", "one": record, "seconds": of training}."""
-    form = ("training.epochs=1", f"seed={seed}", f"model.iterations={steps}", *words)
+    form = ("training.epochs=1", f"seed={seed}", f"model.iterations={steps}", f"schedule.warmup={WARMUP}", *words)
     run = learn(root, RECIPE, [PROTOCOL], form, seed=seed, **world)
     one = scores(run["recipe"], run["model"], [PROTOCOL], ONE_FRAME)[PROTOCOL]
     found = {"untrained": run["untrained"][PROTOCOL], "eight": run["trained"][PROTOCOL], "one": one}
