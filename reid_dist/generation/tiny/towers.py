@@ -25,7 +25,7 @@ PREFIX = TOKENS + 2  # start mark, picture, end mark
 
 
 def patches(pixels: Tensor) -> Tensor:
-    """uint8 [B, 112, 56, 3] -> float32 [B, P, 3 * 2 * 14 * 14], rows in the order of the merged blocks."""
+    """uint8 [B, *SIDE, 3] -> float32 [B, P, 3 * TEMPORAL * PATCH ** 2], rows in the order of the merged blocks."""
     mean, deviation = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
     x = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / deviation
     rows, columns = GRID[0] // MERGE, GRID[1] // MERGE
@@ -40,7 +40,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def see(visual: Any, pixels: Tensor) -> Tensor:
-    """Visual tokens [B, T, D] of pictures uint8 [B, 112, 56, 3] by the library's vision tower."""
+    """Visual tokens [B, T, D] of pictures uint8 [B, *SIDE, 3] by the library's vision tower."""
     x = patches(pixels)
     weight = visual.patch_embed.proj.weight
     x = functional.linear(x, weight.flatten(1))

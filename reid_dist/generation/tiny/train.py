@@ -31,11 +31,10 @@ from reid_dist.generation.tiny.samples import SIDE, Pictures, draw_pictures
 from reid_dist.generation.tiny.towers import pack, parted, say, see
 
 logger = logging.getLogger(__name__)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Matrix products in bfloat16: 1.5 times as fast on CPUs that have them. With it the language tower's own attention must be
 # the plain one: the backward pass of the fused one under a mask costs more than all the rest (measured).
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.autocast(DEVICE.type, torch.bfloat16)
-
 LENGTH = 72  # tokens of a sequence of questions: attention costs the square
 
 
